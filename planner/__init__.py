@@ -1,0 +1,1 @@
+"""Finds the fastest way to train a CNN on given devices: traces, costs, searches, plans."""

@@ -1,0 +1,334 @@
+"""The whole way in a few functions: trace, price, search, plan; and the comparison of strategies."""
+
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from planner.cost.memory import Optimizer
+from planner.cost.model import CostModel, Settings
+from planner.cost.table import CostTable
+from planner.devices.graph import DeviceGraph
+from planner.devices.library import cluster as find_cluster
+from planner.devices.library import equal_devices
+from planner.errors import LayerwiseError, NoPlanError, UnknownNameError, UsageError
+from planner.frontend.lower import TracedModel, trace_layers
+from planner.ir.mesh import Mesh
+from planner.ir.rules import InputOutput
+from planner.ir.split import Dimension
+from planner.ir.tensor import DType
+from planner.plan.build import Found, Request, build_plan
+from planner.plan.schema import Plan
+from planner.profile.roofline import Roofline
+from planner.profile.table import ProfileTable
+from planner.search.auto import SOLVERS, Planned, Search
+from planner.search.fixed import FIXED
+from planner.search.problem import Limits
+from planner.space.enumerate import DEFAULT_DIMENSIONS, default_io, enumerate_splits
+
+_log = logging.getLogger(__name__)
+
+MAX_MESHES = 6
+"""Candidate meshes that are searched: whole levels first, then their factorings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan is made for: a device graph and what is known of the speed of its devices."""
+
+    graph: DeviceGraph
+    profile: ProfileTable
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may ask of a plan beside model and machine.
+
+    Attributes:
+        solver: a name of ``planner.search.auto.SOLVERS``.
+        memory_limit_bytes: per device; the smallest device's memory where None.
+        precision: ``fp32``, ``tf32`` or ``bf16`` (autocast).
+        optimizer: ``sgd``, ``momentum`` or ``adam``.
+        sync_batch_norm: statistics over the global batch (as one device) or each rank's own.
+        io: ``per-rank`` or ``global``; per-rank where every rank gets a sample, if None.
+        dimensions: that may be split.
+        mesh: such as ``node=2,gpu=4``; candidates are searched where None.
+        time_limit_s: for the integer program and for further candidate meshes.
+    """
+
+    solver: str = "auto"
+    memory_limit_bytes: int | None = None
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
+    sync_batch_norm: bool = True
+    io: Literal["per-rank", "global"] | None = None
+    dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
+    mesh: str | None = None
+    time_limit_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a model comes from, for the plan's provenance."""
+
+    name: str = ""
+    source: str = ""
+    arguments: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    command: str = ""
+
+
+def machine_of(
+    cluster: str | Path | DeviceGraph | None = None, devices: int | None = None, precision: str = "fp32"
+) -> Machine:
+    """Return a machine: exactly one of a cluster (name, path or graph; ``local-N`` is this host) and a number.
+
+    Raises:
+        UsageError: both or none is given, or the cluster is unknown.
+    """
+    if (cluster is None) == (devices is None):
+        raise UsageError("give exactly one of --devices N and --cluster NAME (cluster= and devices= from Python)")
+    if devices is not None:
+        graph = equal_devices(devices)
+    elif isinstance(cluster, DeviceGraph):
+        graph = cluster
+    elif str(cluster).startswith("local-"):
+        from planner.measure.host import local_machine  # measures on first use
+
+        graph, profile = local_machine(str(cluster))
+        return Machine(graph, profile)
+    else:
+        graph = find_cluster(str(cluster))
+    return Machine(graph, data_sheet_profile(graph, precision))
+
+
+def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
+    """Return the roofline of the slowest device's data sheet.
+
+    Raises:
+        UsageError: a device has no figure for the precision.
+    """
+    for device in graph.devices:
+        if precision not in device.peak_flop_per_s:
+            known = ", ".join(device.peak_flop_per_s)
+            raise UsageError(f"device {device.id!r} ({device.kind}) has no {precision} rate, only {known}")
+    slowest = min(graph.devices, key=lambda d: (d.peak_flop_per_s[precision], d.memory_bandwidth_bytes_per_s))
+    roofline = Roofline.of_data_sheet(slowest.peak_flop_per_s[precision], slowest.memory_bandwidth_bytes_per_s)
+    return ProfileTable(slowest.kind, roofline)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A traced model on a machine, ready to be searched and compared.
+
+    Attributes:
+        traced: the model.
+        machine: the machine.
+        options: what was asked.
+        origin: for the plan's provenance.
+    """
+
+    traced: TracedModel
+    machine: Machine
+    options: Options
+    origin: Origin
+
+    def meshes(self) -> list[Mesh]:
+        """Return the candidate meshes: the one asked for, or whole levels and their factorings."""
+        graph = self.machine.graph
+        if self.options.mesh is not None:
+            return [graph.parse_mesh(self.options.mesh)]
+        return list(graph.meshes())[:MAX_MESHES]
+
+    def table(self, mesh: Mesh) -> CostTable:
+        """Return the priced search space on a mesh."""
+        options, layers = self.options, self.traced.layers
+        io = InputOutput(options.io) if options.io else default_io(layers.batch, mesh.size)
+        space = enumerate_splits(layers, mesh, io, options.dimensions)
+        settings = Settings(options.precision, Optimizer(options.optimizer), options.sync_batch_norm)
+        return CostTable.of(space, CostModel.of(layers, self.machine.graph, mesh, self.machine.profile, settings))
+
+    def search(self, mesh: Mesh) -> Search:
+        """Return the solvers on a mesh."""
+        limit = self.options.memory_limit_bytes
+        if limit is None:
+            limit = min(device.memory_bytes for device in self.machine.graph.devices)
+        return Search(self.table(mesh), limit, Limits(self.options.time_limit_s))
+
+    def best(self) -> tuple[Search, Planned]:
+        """Return the best plan over the candidate meshes, with the search it comes from.
+
+        Fixed strategies use the mesh of whole levels only: on it they are what their users run.
+        """
+        meshes = self.meshes()
+        if self.options.solver in FIXED:
+            meshes = meshes[:1]
+        start = time.perf_counter()
+        found: list[tuple[Search, Planned]] = []
+        for mesh in meshes:
+            if found and time.perf_counter() - start > self.options.time_limit_s:
+                _log.warning("time limit: %d of %d candidate meshes searched", len(found), len(meshes))
+                break
+            search = self.search(mesh)
+            planned = search.solve(self.options.solver)
+            found.append((search, planned))
+            _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
+        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
+        if len(found) == len(self.meshes()) or self.options.solver in FIXED:
+            return search, planned
+        return search, planned
+
+    def baselines(self) -> list[Planned]:
+        """Return every fixed strategy on the mesh of whole levels, whether or not it fits."""
+        search = self.search(self.meshes()[0])
+        return [p for name in FIXED for p in _possible(search, name)]
+
+    def plan(self) -> Plan:
+        """Return the best plan with the fixed strategies beside it."""
+        search, planned = self.best()
+        options = self.options
+        inputs = [
+            (layer.id, layer.output.shape, layer.output.dtype.value)
+            for layer in self.traced.layers.layers if layer.op.kind == "input"
+        ]  # fmt: skip
+        request = Request(
+            self.origin.source, self.origin.arguments, inputs, options.memory_limit_bytes, self.origin.command
+        )
+        return build_plan(search.table, _found(planned), [_found(b) for b in self.baselines()], request)
+
+
+def _possible(search: Search, name: str) -> Iterator[Planned]:
+    try:
+        yield search.fixed(name)
+    except LayerwiseError as error:  # the user forbade a dimension that the rule asks for
+        _log.info("no baseline %s: %s", name, error)
+
+
+def _found(planned: Planned) -> Found:
+    return Found(
+        planned.solver, planned.status.value, planned.lower_bound_s, planned.gap, planned.choice,
+        planned.bucket_bytes, planned.timeline, planned.num_replaced,
+    )  # fmt: skip
+
+
+def prepare(
+    model: nn.Module, example_inputs: Sequence[torch.Tensor], machine: Machine, options: Options, origin: Origin
+) -> Planner:
+    """Trace a model for a machine.
+
+    Raises:
+        UsageError: an option is unknown.
+        TraceError: the model cannot be traced.
+    """
+    if options.solver not in SOLVERS:
+        raise UnknownNameError("solver", options.solver, SOLVERS)
+    if not example_inputs or not example_inputs[0].dim() or example_inputs[0].shape[0] < 1:
+        raise UsageError("the batch must be at least 1 (the first size of every example input)")
+    start = time.perf_counter()
+    traced = trace_layers(model, tuple(example_inputs), origin.name)
+    _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
+    return Planner(traced, machine, options, origin)
+
+
+def plan_model(
+    model: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    cluster: str | Path | DeviceGraph | None = None,
+    devices: int | None = None,
+    machine: Machine | None = None,
+    origin: Origin | None = None,
+    **options: object,
+) -> Plan:
+    """Plan the fastest training step of a CNN on a machine.
+
+    Args:
+        model: any CNN; weights may be on the meta device.
+        example_inputs: tensors with the global batch as their first size, on any device.
+        cluster: a name such as ``4xa100-nvlink``, a path, or a graph; ``local-N`` is this host.
+        devices: that many equal accelerators; exactly one of cluster, devices and machine.
+        machine: a graph with a profile of its devices.
+        origin: for the plan's provenance.
+        options: the fields of ``Options``.
+
+    Raises:
+        LayerwiseError: see ``planner.errors`` for the cases.
+    """
+    asked = Options(**options)  # type: ignore[arg-type]  # dataclass fields by name
+    found = machine or machine_of(cluster, devices, asked.precision)
+    name = origin or Origin(type(model).__name__, f"{type(model).__module__}:{type(model).__qualname__}")
+    return prepare(model, example_inputs, found, asked, name).plan()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Strategies on one problem, fastest predicted step first for the planned one's sake last.
+
+    Attributes:
+        rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
+        fits: for each row whether it obeys the memory limit.
+    """
+
+    planner: Planner
+    rows: tuple[Planned, ...]
+    fits: tuple[bool, ...]
+
+    @property
+    def planned(self) -> Planned:
+        """The planned strategy."""
+        return self.rows[-1]
+
+    @property
+    def planned_lost(self) -> bool:
+        """Whether a fixed strategy that fits has a shorter predicted step."""
+        return any(
+            ok and row.timeline.step_s < self.planned.timeline.step_s * (1 - 1e-9)
+            for row, ok in zip(self.rows[:-1], self.fits[:-1], strict=True)
+        )
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    cluster: str | Path | DeviceGraph | None = None,
+    devices: int | None = None,
+    machine: Machine | None = None,
+    origin: Origin | None = None,
+    **options: object,
+) -> Comparison:
+    """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
+    asked = Options(**options)  # type: ignore[arg-type]  # dataclass fields by name
+    found = machine or machine_of(cluster, devices, asked.precision)
+    planner = prepare(model, example_inputs, found, asked, origin or Origin(type(model).__name__))
+    return compare_with(planner)
+
+
+def compare_with(planner: Planner) -> Comparison:
+    """Compare the strategies of a prepared planner."""
+    search = planner.search(planner.meshes()[0])
+    rows = [p for name in FIXED for p in _possible(search, name)]
+    _, planned = planner.best()
+    fits = [search.fits(row) for row in rows]
+    return Comparison(planner, (*rows, planned), (*fits, True))
+
+
+def example_inputs(shapes: Sequence[Sequence[int]], batch: int, dtype: DType = DType.FLOAT32) -> tuple[torch.Tensor, ...]:
+    """Return meta tensors of these shapes (without batch) for a global batch.
+
+    Raises:
+        UsageError: the batch is below 1.
+    """
+    if batch < 1:
+        raise UsageError(f"batch {batch} is not possible: it must be at least 1")
+    return tuple(torch.empty((batch, *shape), dtype=getattr(torch, dtype.value), device="meta") for shape in shapes)
+
+
+__all__ = [
+    "Comparison", "Machine", "NoPlanError", "Options", "Origin", "Plan", "Planner", "compare", "compare_with",
+    "data_sheet_profile", "example_inputs", "machine_of", "plan_model", "prepare",
+]  # fmt: skip

@@ -1,0 +1,39 @@
+"""The machine: devices, switches, links; what routes cost; clusters by name or file."""
+
+from planner.devices.files import profiles_path
+from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.library import (
+    bus_kinds,
+    cluster,
+    clusters,
+    device_kinds,
+    equal_devices,
+    host_graph,
+    network_kinds,
+    two_level,
+)
+from planner.devices.route import PathCost, Router
+from planner.devices.schema import BusKind, DeviceKind, NetworkKind, read_cluster, write_cluster
+
+__all__ = [
+    "BusKind",
+    "Device",
+    "DeviceGraph",
+    "DeviceKind",
+    "Level",
+    "Link",
+    "NetworkKind",
+    "PathCost",
+    "Router",
+    "bus_kinds",
+    "cluster",
+    "clusters",
+    "device_kinds",
+    "equal_devices",
+    "host_graph",
+    "network_kinds",
+    "profiles_path",
+    "read_cluster",
+    "two_level",
+    "write_cluster",
+]

@@ -1,0 +1,250 @@
+"""The machine: devices, switches and links as a graph, and the meshes that can be laid over it."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Final, Literal
+
+import networkx
+from networkx import Graph
+
+from planner.devices.paths import Paths
+from planner.errors import FormatError, UnknownNameError, UsageError
+from planner.ir.canonical import sha256_of
+from planner.ir.mesh import Mesh, MeshAxis
+
+PRECISIONS: Final = ("fp32", "tf32", "bf16")
+MAX_FACTORS: Final = 3  # of one level; a layer splits at most sample, one more and a channel there
+_HOP_S: Final = 1e-12  # added per link where routes are compared, so that ties go to fewer links
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A piece of hardware that computes.
+
+    Attributes:
+        peak_flop_per_s: by precision; ``fp32`` always, ``tf32`` and ``bf16`` where it has them.
+    """
+
+    id: str
+    kind: str
+    memory_bytes: int
+    peak_flop_per_s: Mapping[str, float] = field(hash=False)
+    memory_bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A cable or bus between two devices or switches.
+
+    Attributes:
+        latency_s: of this link alone; a message pays every link of its route.
+        bandwidth_bytes_per_s: in each direction; a half-duplex link shares it between both.
+    """
+
+    a: str
+    b: str
+    kind: str
+    latency_s: float
+    bandwidth_bytes_per_s: float
+    duplex: Literal["full", "half"] = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A level of the machine's hierarchy, such as 4 nodes or the 8 GPUs of each."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class DeviceGraph:
+    """A machine.
+
+    Attributes:
+        devices: in rank order; the innermost level runs fastest.
+        switches: ids of what only forwards.
+        levels: outermost first; their sizes multiply to the number of devices.
+
+    Raises:
+        FormatError: every contradiction, with its JSON path in a cluster file.
+    """
+
+    name: str
+    devices: tuple[Device, ...]
+    switches: tuple[str, ...]
+    links: tuple[Link, ...]
+    levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        problems = list(itertools.chain(_number_problems(self), _structure_problems(self)))
+        if not problems and not networkx.is_connected(self.nx()):
+            apart = sorted(networkx.node_connected_component(self.nx(), self.devices[0].id))
+            problems = [("$.links", f"not connected: from {apart[0]!r} only {apart} are reached")]
+        if problems:
+            raise FormatError(f"cluster {self.name!r}", problems)
+
+    def nx(self) -> "Graph[str]":
+        """Return a frozen graph over the ids; edges carry ``link`` and their ``weight`` in s."""
+        return self._nx
+
+    @cached_property
+    def _nx(self) -> "Graph[str]":
+        graph: Graph[str] = Graph()
+        graph.add_nodes_from((*(device.id for device in self.devices), *self.switches))
+        for link in self.links:
+            graph.add_edge(link.a, link.b, link=link, weight=link.latency_s + _HOP_S)
+        networkx.freeze(graph)
+        return graph
+
+    @cached_property
+    def paths(self) -> Paths:
+        """The shortest paths, shared by every mesh on this machine."""
+        return Paths(self.nx())
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of everything but the name."""
+        return sha256_of({key: part for key, part in asdict(self).items() if key != "name"})
+
+    def mesh(self) -> Mesh:
+        """Return the mesh with the whole levels as axes."""
+        return self._mesh([(level.size,) for level in self.levels])
+
+    def meshes(self) -> tuple[Mesh, ...]:
+        """Return all meshes that cut each level into at most 3 ordered factors.
+
+        The whole levels come first, then meshes with more axes; equal numbers of axes in
+        ascending order of the factors of the outermost level.
+        """
+        choices = itertools.product(*(_factorings(level.size) for level in self.levels))
+        meshes = (self._mesh(factors) for factors in choices)
+        return tuple(sorted(meshes, key=lambda mesh: len(mesh.axes)))
+
+    def parse_mesh(self, text: str) -> Mesh:
+        """Return the mesh of a text such as ``node=8,gpu=4x2``.
+
+        Raises:
+            UsageError: not of that form, or it does not fit the levels of this machine.
+        """
+        factors = dict(self._parse_level(text, part) for part in text.split(","))
+        if len(factors) != text.count(",") + 1:
+            raise UsageError(f"mesh {text!r} names a level twice")
+        for level in self.levels:
+            chosen = factors.setdefault(level.name, (1,))
+            written = "x".join(map(str, chosen))
+            if math.prod(chosen) != level.size:
+                raise UsageError(
+                    f"mesh {text!r}: {self.name} has {level.name}={level.size}, "
+                    f"not {written} = {math.prod(chosen)}; write {self._whole} or factors of it"
+                )
+            if len(chosen) > MAX_FACTORS or (len(chosen) > 1 and min(chosen) == 1):
+                raise UsageError(
+                    f"mesh {text!r}: {level.name}={written} must have at most "
+                    f"{MAX_FACTORS} factors, each at least 2"
+                )
+        return self._mesh([factors[level.name] for level in self.levels])
+
+    def _parse_level(self, text: str, part: str) -> tuple[str, tuple[int, ...]]:
+        match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,9}(?:x[0-9]{1,9})*)\s*", part)
+        if match is None:
+            raise UsageError(
+                f"mesh {text!r}: {part!r} is not a level and its factors, as in {self._whole}"
+            )
+        known = [level.name for level in self.levels]
+        if match[1] not in known:
+            raise UnknownNameError("mesh level", match[1], known, f"{self.name} is {self._whole}.")
+        return match[1], tuple(map(int, match[2].split("x")))
+
+    @property
+    def _whole(self) -> str:
+        return ",".join(f"{level.name}={level.size}" for level in self.levels)
+
+    def _mesh(self, factors: Sequence[tuple[int, ...]]) -> Mesh:
+        axes = tuple(
+            MeshAxis(level.name if len(sizes) == 1 else f"{level.name}{index}", size)
+            for level, sizes in zip(self.levels, factors, strict=True)
+            for index, size in enumerate(sizes)
+            if level.size > 1
+        )
+        return Mesh(axes, self._ranks)
+
+    @cached_property
+    def _ranks(self) -> tuple[int, ...]:
+        return tuple(range(len(self.devices)))
+
+
+def _factorings(size: int) -> list[tuple[int, ...]]:
+    """Return the ordered factorings of a level, fewest factors first, then ascending."""
+
+    def into(parts: int, rest: int) -> Iterator[tuple[int, ...]]:
+        if parts == 1:
+            yield (rest,)
+            return
+        for factor in range(2, rest // 2 + 1):
+            if rest % factor == 0:
+                yield from ((factor, *others) for others in into(parts - 1, rest // factor))
+
+    return [factors for parts in range(1, MAX_FACTORS + 1) for factors in into(parts, size)]
+
+
+def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+    """Yield every figure that is not a positive finite number (a latency may be 0)."""
+    figures: list[tuple[str, float]] = []
+    for index, device in enumerate(graph.devices):
+        here = f"$.devices[{index}]"
+        figures.append((f"{here}.memory_bytes", device.memory_bytes))
+        figures.append(
+            (f"{here}.memory_bandwidth_bytes_per_s", device.memory_bandwidth_bytes_per_s)
+        )
+        figures += [(f"{here}.peak_flop_per_s.{k}", v) for k, v in device.peak_flop_per_s.items()]
+        if "fp32" not in device.peak_flop_per_s or set(device.peak_flop_per_s) - set(PRECISIONS):
+            yield f"{here}.peak_flop_per_s", "needs fp32, and may have tf32 and bf16 besides"
+    for index, link in enumerate(graph.links):
+        figures.append((f"$.links[{index}].bandwidth_bytes_per_s", link.bandwidth_bytes_per_s))
+        if not 0 <= link.latency_s < math.inf:
+            yield f"$.links[{index}].latency_s", f"must be finite and >= 0, found {link.latency_s}"
+    figures += [(f"$.levels[{index}].size", level.size) for index, level in enumerate(graph.levels)]
+    for path, value in figures:
+        if not 0 < value < math.inf:
+            yield path, f"must be finite and > 0, found {value}"
+
+
+def _structure_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+    """Yield every id, link or level that contradicts another."""
+    ids = [(f"$.devices[{index}].id", device.id) for index, device in enumerate(graph.devices)]
+    ids += [(f"$.switches[{index}]", switch) for index, switch in enumerate(graph.switches)]
+    levels = [(f"$.levels[{index}].name", level.name) for index, level in enumerate(graph.levels)]
+    yield from _repeated(ids)
+    yield from _repeated(levels)
+    yield from _link_problems(graph, {name for _, name in ids})
+    for path, name in levels:
+        if re.fullmatch("[a-z]+", name) is None:
+            yield path, f"must be lower-case letters, found {name!r}"
+    if not graph.devices or math.prod(level.size for level in graph.levels) != len(graph.devices):
+        sizes = " x ".join(str(level.size) for level in graph.levels)
+        yield "$.levels", f"{sizes or 'no levels'} do not give {len(graph.devices)} devices"
+
+
+def _repeated(names: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for path, name in names:
+        if name in seen:
+            yield path, f"{name!r} appears twice"
+        seen.add(name)
+
+
+def _link_problems(graph: DeviceGraph, ids: set[str]) -> Iterator[tuple[str, str]]:
+    joined: set[frozenset[str]] = set()
+    for index, link in enumerate(graph.links):
+        for end, name in (("a", link.a), ("b", link.b)):
+            if name not in ids:
+                yield f"$.links[{index}].{end}", f"there is no device or switch {name!r}"
+        ends = frozenset((link.a, link.b))
+        if len(ends) == 1 or ends in joined:
+            yield f"$.links[{index}]", f"{link.a!r} and {link.b!r} are the same or already linked"
+        joined.add(ends)

@@ -1,0 +1,157 @@
+"""Files about machines: one cluster; the known kinds of devices and links."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
+
+from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.errors import FormatError
+from planner.ir.canonical import StrictModel, decode_file, write_atomically
+
+MAX_DEVICES: Final = 65_536  # a typing error must not fill the memory
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Source = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+Positive = Annotated[float, Field(gt=0)]
+Latency = Annotated[float, Field(ge=0)]
+Peaks = dict[Literal["fp32", "tf32", "bf16"], Positive]
+Duplex = Literal["full", "half"]
+
+
+class DeviceEntry(StrictModel):
+    """One device of a cluster file; the fields of ``graph.Device``."""
+
+    id: Name
+    kind: Name
+    memory_bytes: PositiveInt
+    peak_flop_per_s: Peaks
+    memory_bandwidth_bytes_per_s: Positive
+
+
+class LinkEntry(StrictModel):
+    """One link of a cluster file; the fields of ``graph.Link``."""
+
+    a: Name
+    b: Name
+    kind: Name
+    latency_s: Latency
+    bandwidth_bytes_per_s: Positive
+    duplex: Duplex = "full"
+
+
+class LevelEntry(StrictModel):
+    """One level of a cluster file; the fields of ``graph.Level``."""
+
+    name: Name
+    size: Annotated[int, Field(ge=1, le=MAX_DEVICES)]
+
+
+class ClusterFile(StrictModel):
+    """A machine as a file; the fields of ``graph.DeviceGraph``."""
+
+    schema_version: Literal[1]
+    name: Name
+    levels: Annotated[tuple[LevelEntry, ...], Field(max_length=16)]
+    devices: Annotated[tuple[DeviceEntry, ...], Field(max_length=MAX_DEVICES)]
+    switches: Annotated[tuple[Name, ...], Field(max_length=2 * MAX_DEVICES)]
+    links: Annotated[tuple[LinkEntry, ...], Field(max_length=4 * MAX_DEVICES)]
+
+
+class DeviceKind(StrictModel):
+    """Data-sheet values of one kind of device.
+
+    Attributes:
+        level: what a mesh axis over such devices is called.
+        links: the buses it has, by name; the usual one first.
+        source: where the figures are from.
+    """
+
+    name: Name
+    memory_bytes: PositiveInt
+    peak_flop_per_s: Peaks
+    memory_bandwidth_bytes_per_s: Positive
+    level: Literal["gpu", "cpu"]
+    links: Annotated[tuple[Name, ...], Field(min_length=1)]
+    source: Source
+
+
+class LinkKind(StrictModel):
+    """Values of one kind of link: latency of one link, bandwidth per direction, their source."""
+
+    name: Name
+    latency_s: Latency
+    bandwidth_bytes_per_s: Positive
+    duplex: Duplex
+    source: Source
+
+
+class Island(StrictModel):
+    """The devices under one switch of a bus, and the link that joins the switch to the host."""
+
+    devices: PositiveInt
+    uplink_bandwidth_bytes_per_s: Positive
+
+
+class BusKind(LinkKind):
+    """Joins the devices of one node over switches.
+
+    Attributes:
+        islands: how the devices spread over switches; absent where one switch joins them all.
+    """
+
+    islands: Island | None = None
+
+
+class NetworkKind(LinkKind):
+    """Joins nodes; each node, or each device, has a network card of its own."""
+
+    card_per: Literal["node", "device"]
+
+
+class DeviceKindsFile(StrictModel):
+    """``profiles/devices/kinds.json``."""
+
+    schema_version: Literal[1]
+    kinds: tuple[DeviceKind, ...]
+
+
+class LinkKindsFile(StrictModel):
+    """``profiles/links/kinds.json``."""
+
+    schema_version: Literal[1]
+    buses: tuple[BusKind, ...]
+    networks: tuple[NetworkKind, ...]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [kind.name for kind in (*self.buses, *self.networks)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a link kind appears twice in {names}")
+        return self
+
+
+def read_cluster(path: Path) -> DeviceGraph:
+    """Return the machine that a cluster file describes.
+
+    Raises:
+        UsageError: the file cannot be read.
+        FormatError: every problem of the file, with its JSON path.
+    """
+    file = decode_file(ClusterFile, path, "cluster file")
+    try:
+        return DeviceGraph(
+            name=file.name,
+            devices=tuple(Device(**entry.model_dump()) for entry in file.devices),
+            switches=file.switches,
+            links=tuple(Link(**entry.model_dump()) for entry in file.links),
+            levels=tuple(Level(**entry.model_dump()) for entry in file.levels),
+        )
+    except FormatError as error:
+        raise FormatError(f"cluster file {path}", error.problems) from error
+
+
+def write_cluster(graph: DeviceGraph, path: Path) -> None:
+    """Write a machine as a cluster file; ``read_cluster`` returns it unchanged."""
+    file = ClusterFile.model_validate({"schema_version": 1, **asdict(graph)})
+    write_atomically(path, file.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""From a PyTorch module to a layer graph: load, trace, lower."""

@@ -1,0 +1,152 @@
+"""From the MODEL argument to a module.
+
+MODEL is a name of ``planner.models``, ``package.module:callable`` or ``path/to/file.py:callable``.
+Modules are looked up as ``python -m`` does, the current folder first. Loading runs the user's code,
+which may raise anything: this boundary turns it into a ``UsageError`` and keeps the cause.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+
+import torch
+from torch import nn
+
+from planner.errors import UsageError
+from planner.models import entry
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A module and where it came from.
+
+    Attributes:
+        module: the network; on the meta device unless asked otherwise or it cannot be built there.
+        name: the registered name, or that of the callable.
+        source: the reference as the user gave it.
+        input_shape: of one sample, without the batch; None where unknown.
+    """
+
+    module: nn.Module
+    name: str
+    source: str
+    input_shape: tuple[int, ...] | None
+
+
+def load_model(
+    reference: str, arguments: Mapping[str, object] = MappingProxyType({}), *, device: str = "meta"
+) -> LoadedModel:
+    """Return the model that a MODEL argument means.
+
+    Args:
+        reference: a registered name, ``package.module:callable`` or ``path/to/file.py:callable``.
+            The callable, or the module it returns, may carry an ``input_shape``.
+        arguments: keyword arguments of the callable.
+        device: where the weights are made; on ``meta`` they take no memory. A user's callable that
+            fails there is built on the CPU.
+
+    Raises:
+        UnknownNameError: a plain name that is not registered.
+        UsageError: the file, module or callable does not exist, raises, or returns no module.
+    """
+    place, colon, attribute = reference.rpartition(":")
+    if not colon:
+        known = entry(reference)
+        module = _call(known.build, reference, arguments, [device])
+        return LoadedModel(module, known.name, reference, known.input_shape)
+    path = Path(place) if place.endswith(".py") else None
+    with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
+        factory = _find(reference, path or place, attribute)
+        module = _call(factory, reference, arguments, dict.fromkeys((device, "cpu")))
+    shape = _input_shape(factory) or _input_shape(module)
+    return LoadedModel(module, attribute, reference, shape)
+
+
+@contextmanager
+def _on_sys_path(folder: Path) -> Iterator[None]:
+    """Let imports see this folder first, for a while."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(str(folder))
+
+
+def _find(reference: str, place: Path | str, attribute: str) -> Callable[..., object]:
+    """Return the callable of this name in a file or module."""
+    if isinstance(place, Path) and not place.is_file():
+        raise UsageError(f"model {reference!r}: there is no file {str(place)!r}")
+    try:
+        module = _run_file(place) if isinstance(place, Path) else importlib.import_module(place)
+    except Exception as error:
+        raise UsageError(
+            f"model {reference!r}: cannot import {str(place)!r}: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        found: object = attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise UsageError(f"model {reference!r}: {str(place)!r} has no {attribute!r}") from error
+    if not callable(found):
+        raise UsageError(
+            f"model {reference!r}: {attribute!r} is a {type(found).__name__}, not a callable that "
+            "returns a torch.nn.Module"
+        )
+    return found
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Return a file as a module, under a name of its own that clashes with no import."""
+    name = f"layerwise_model_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "every .py file has a loader"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look classes up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _call(
+    factory: Callable[..., object],
+    reference: str,
+    arguments: Mapping[str, object],
+    devices: Iterable[str],
+) -> nn.Module:
+    """Return what the callable builds on the first device where it does not raise."""
+    failure: Exception | None = None
+    for device in devices:
+        try:
+            with torch.device(device):
+                module = factory(**arguments)
+        except Exception as error:
+            _LOGGER.info("model %s cannot be built on %s: %s", reference, device, error)
+            failure = error
+            continue
+        if not isinstance(module, nn.Module):
+            raise UsageError(
+                f"model {reference!r} returned a {type(module).__name__}, not a torch.nn.Module"
+            )
+        return module
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    raise UsageError(
+        f"model {reference!r} called with ({given}) raised {type(failure).__name__}: {failure}"
+    ) from failure
+
+
+def _input_shape(owner: object) -> tuple[int, ...] | None:
+    """Return the attribute ``input_shape``; None where it is missing or means something else."""
+    shape = getattr(owner, "input_shape", None)
+    if not isinstance(shape, tuple | list) or not shape:
+        return None
+    return tuple(shape) if all(isinstance(size, int) and size >= 1 for size in shape) else None

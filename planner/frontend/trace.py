@@ -1,0 +1,196 @@
+"""From a module and example inputs to an ``fx.Graph`` whose every node knows its shape.
+
+The tracer is shape-concrete: each proxy carries the value that the operator gives on the meta
+device, so shapes, ``len`` and comparisons of sizes are plain Python values, and no weight is ever
+materialised. All modules of ``torch.nn`` but the containers are leaves and keep their names.
+"""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from planner.errors import TraceError
+
+Inputs = tuple[torch.Tensor, ...]
+
+_LIBRARY_FRAMES = ("/torch/", "/planner/frontend/")
+
+
+class _ConcreteProxy(fx.Proxy):
+    """A proxy that knows its value on the meta device."""
+
+    value: Any
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.__dict__.get("value")
+        found = getattr(value, name)  # an unknown attribute raises AttributeError as eager code would
+        return super().__getattr__(name) if callable(found) or _has_tensor(found) else found
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        return iter([self[i] for i in range(len(self.value))])
+
+    def __bool__(self) -> bool:
+        return bool(self._number("its truth"))
+
+    def __int__(self) -> int:
+        return int(self._number("its integer value"))
+
+    def __float__(self) -> float:
+        return float(self._number("its value"))
+
+    def __index__(self) -> int:
+        return int(self._number("its integer value"))
+
+    def _number(self, what: str) -> Any:
+        raise TraceError(
+            f"{origin_of_call()} needs the value of a tensor ({what}), which is not known before the model runs. "
+            "Plan the parts before and after it apart, or move the decision out of forward()."
+        )
+
+
+class _Tracer(fx.Tracer):
+    """Executes every operator on meta tensors while it is recorded."""
+
+    proxy_buffer_attributes = True
+    _running = False  # while an operator is executed, fx's hooks on modules are to keep out of the way
+
+    def create_proxy(  # type: ignore[override]  # the base class types its optional arguments looser
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+    ) -> Any:
+        value = None
+        if kind in {"call_function", "call_method", "call_module", "get_attr"}:
+            value = self._run(kind, target, _values(args), _values(kwargs))
+            if not _has_tensor(value):
+                return value
+        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        proxy.value = value
+        proxy.node.meta.update(val=value, scope=self.scope.module_path, origin=origin_of_call())
+        return proxy
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ConcreteProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        self._running = True
+        try:
+            match kind:
+                case "get_attr":
+                    return _attribute(self.root, target)
+                case "call_module":
+                    return self.root.get_submodule(target).forward(*args, **kwargs)
+                case "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                case _:
+                    return target(*args, **kwargs)
+        finally:
+            self._running = False
+
+
+def _values(structure: Any) -> Any:
+    return fx.node.map_aggregate(structure, lambda a: a.value if isinstance(a, _ConcreteProxy) else a)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, dict):
+        return any(map(_has_tensor, value.values()))
+    return isinstance(value, tuple | list) and any(map(_has_tensor, value))
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def origin_of_call() -> str:
+    """Return ``file:line`` of the innermost frame that belongs to the user."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        filename = frame.f_code.co_filename
+        if not any(part in filename for part in _LIBRARY_FRAMES) and not filename.startswith("<"):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "forward()"
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Return a copy of a module whose parameters and buffers are on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        shell = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        memo[id(parameter)] = shell
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def trace(module: nn.Module, example_inputs: Inputs) -> fx.Graph:
+    """Trace a module in training mode on the meta device.
+
+    Args:
+        module: any module; it is neither changed nor run.
+        example_inputs: positional inputs with the global batch as their first size, on any device.
+
+    Returns:
+        The graph. ``node.meta`` holds ``val`` (a meta tensor), ``scope`` (the module path of the
+        caller) and ``origin`` (file and line). It binds to real weights by
+        ``fx.GraphModule(module, graph)``.
+
+    Raises:
+        TraceError: the model needs the value of a tensor, or fails on these input shapes.
+    """
+    root = on_meta(module).train()
+    tracer = _Tracer()
+    values = [x.to("meta") for x in example_inputs]
+    placeholders: Iterator[torch.Tensor] = iter(values)
+
+    create_proxy = tracer.create_proxy
+
+    def with_input(kind: str, *args: Any, **kwargs: Any) -> Any:
+        proxy = create_proxy(kind, *args, **kwargs)
+        if kind == "placeholder":
+            proxy.value = next(placeholders, None)
+            proxy.node.meta["val"] = proxy.value
+        return proxy
+
+    tracer.create_proxy = with_input  # type: ignore[method-assign]  # the one place that sees placeholders in order
+    shapes = ", ".join(str(tuple(x.shape)) for x in values)
+    name = type(module).__name__
+    try:
+        graph = tracer.trace(root, _defaults_of(root, len(values)))
+    except TraceError:
+        raise
+    except Exception as error:  # whatever the user's forward() raises on these shapes
+        raise TraceError(f"{name} fails on inputs of shape {shapes}: {type(error).__name__}: {error}") from error
+    missing = [n.name for n in graph.nodes if n.op == "placeholder" and n.meta.get("val") is None]
+    if missing or next(placeholders, None) is not None:
+        wanted = [n.name for n in graph.nodes if n.op == "placeholder"]
+        raise TraceError(f"{name} takes the inputs {', '.join(wanted)}, but {len(values)} were given: {shapes}")
+    return graph
+
+
+def _defaults_of(root: nn.Module, num_inputs: int) -> dict[str, Any]:
+    """Return the defaults of forward()'s arguments for which no input is given."""
+    parameters = list(inspect.signature(root.forward).parameters.values())
+    return {p.name: p.default for p in parameters[num_inputs:] if p.default is not inspect.Parameter.empty}

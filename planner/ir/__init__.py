@@ -1,0 +1,1 @@
+"""Values that planner and runtime share: tensors, operators, graphs, splits, layouts, meshes."""

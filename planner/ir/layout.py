@@ -1,0 +1,187 @@
+"""Which rank holds which region of a tensor. Only this file knows how dimensions are cut.
+
+Samples and space are cut in balanced pieces. Channels, of parameters and activations, are cut by
+``torch.chunk`` applied axis after axis, outermost first, because ``DTensor`` places several
+``Shard`` of one dimension so and checkpoints store them so. Both rules nest: the pieces of the
+outer axes are unions of the pieces of all axes.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from planner.ir.halo import Window
+from planner.ir.mesh import Mesh
+from planner.ir.region import Region
+
+Interval = tuple[int, int]
+
+
+class Whole(StrEnum):
+    """How ranks along a mesh axis hold a tensor that the axis does not cut.
+
+    A value and its gradient come in pairs: the gradient of a SHARED copy is PARTIAL and the other
+    way round, an EQUAL copy has an EQUAL gradient.
+    """
+
+    EQUAL = "equal"
+    """Equal copies, whose gradients are equal copies too."""
+    SHARED = "shared"
+    """Equal copies, used for different things: their gradients are addends of one sum."""
+    PARTIAL = "partial"
+    """Addends of one sum."""
+
+
+Placement = int | Whole
+"""Of one mesh axis: the tensor dimension that it cuts, or how it holds the whole."""
+
+_GRADIENT = {Whole.EQUAL: Whole.EQUAL, Whole.SHARED: Whole.PARTIAL, Whole.PARTIAL: Whole.SHARED}
+
+
+class CutRule(StrEnum):
+    """How a dimension is cut in pieces."""
+
+    BALANCED = "balanced"
+    CHUNK = "chunk"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one tensor dimension is cut.
+
+    Attributes:
+        rule: balanced pieces, or nested ``torch.chunk``.
+        unit: pieces are multiples of this many elements (rows x columns behind a flatten).
+        window: the pieces are those of a window operator's output; a rank holds the input it reads.
+        sizes: the actual sizes of the pieces, where they follow no rule (a user's own batches).
+    """
+
+    rule: CutRule = CutRule.BALANCED
+    unit: int = 1
+    window: Window | None = None
+    sizes: tuple[int, ...] | None = None
+
+
+BALANCED = Cut(CutRule.BALANCED)
+CHUNK = Cut(CutRule.CHUNK)
+
+
+def balanced_pieces(size: int, parts: int) -> tuple[Interval, ...]:
+    """Return ``parts`` intervals whose sizes differ by at most one."""
+    return tuple((i * size // parts, (i + 1) * size // parts) for i in range(parts))
+
+
+def chunk_pieces(size: int, parts: tuple[int, ...]) -> tuple[Interval, ...]:
+    """Return the intervals of nested ``torch.chunk``; missing trailing chunks are empty."""
+    pieces: tuple[Interval, ...] = ((0, size),)
+    for count in parts:
+        pieces = tuple(
+            (min(start + i * step, stop), min(start + (i + 1) * step, stop))
+            for start, stop in pieces
+            for step in (max(-(-(stop - start) // count), 1),)
+            for i in range(count)
+        )
+    return pieces
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def cut_pieces(size: int, parts: tuple[int, ...], cut: Cut) -> tuple[Interval, ...]:
+    """Return the interval of every piece, outermost axis first.
+
+    Args:
+        size: of the dimension; of the input where the cut has a window.
+        parts: sizes of the mesh axes that cut the dimension, outermost first.
+        cut: the rule.
+    """
+    count = functools.reduce(lambda a, b: a * b, parts, 1)
+    if cut.sizes is not None and len(cut.sizes) == count:
+        ends = tuple(itertools.accumulate(cut.sizes))
+        return tuple(zip((0, *ends[:-1]), ends, strict=True))
+    whole = size if cut.window is None else cut.window.out_size
+    if cut.rule is CutRule.BALANCED:
+        pieces = balanced_pieces(whole // cut.unit, count)
+    else:
+        pieces = chunk_pieces(whole // cut.unit, parts)
+    if cut.unit != 1:
+        pieces = tuple((a * cut.unit, b * cut.unit) for a, b in pieces)
+    if cut.window is not None:
+        pieces = tuple(cut.window.input_interval(a, b, size) for a, b in pieces)
+    return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor spread over a mesh.
+
+    Attributes:
+        shape: of the whole tensor.
+        mesh: the ranks.
+        placements: of every mesh axis.
+        cuts: of every tensor dimension; used where an axis cuts it.
+    """
+
+    shape: tuple[int, ...]
+    mesh: Mesh
+    placements: tuple[Placement, ...]
+    cuts: tuple[Cut, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.placements) != len(self.mesh.axes) or len(self.cuts) != len(self.shape):
+            raise ValueError(f"{self.placements} and {self.cuts} do not fit {self.shape} on {self.mesh.axes}")
+        if any(isinstance(p, int) and not 0 <= p < len(self.shape) for p in self.placements):
+            raise ValueError(f"{self.placements} cut a dimension that {self.shape} has not")
+
+    @property
+    def gradient(self) -> "Layout":
+        """The layout of this tensor's gradient: the same regions, addends where copies are shared."""
+        return self.with_placements(
+            tuple(p if isinstance(p, int) else _GRADIENT[p] for p in self.placements)
+        )
+
+    def with_placements(self, placements: tuple[Placement, ...]) -> "Layout":
+        """Return this layout with other placements."""
+        return self if placements == self.placements else replace(self, placements=placements)
+
+    def with_size(self, dim: int, size: int) -> "Layout":
+        """Return this layout for a tensor of another size in one dimension (another batch)."""
+        return replace(self, shape=(*self.shape[:dim], size, *self.shape[dim + 1 :]))
+
+    def axes_of(self, dim: int) -> tuple[int, ...]:
+        """Return the mesh axes that cut a tensor dimension, outermost first."""
+        return tuple(i for i, placement in enumerate(self.placements) if placement == dim)
+
+    def axes_with(self, *kinds: Whole) -> tuple[int, ...]:
+        """Return the mesh axes that hold the whole in one of these ways."""
+        return tuple(i for i, placement in enumerate(self.placements) if placement in kinds)
+
+    def pieces(self, dim: int) -> tuple[Interval, ...]:
+        """Return the interval of every piece of a dimension, outermost axis first."""
+        axes = self.axes_of(dim)
+        if not axes:
+            return ((0, self.shape[dim]),)
+        return cut_pieces(self.shape[dim], tuple(self.mesh.shape[a] for a in axes), self.cuts[dim])
+
+    def interval(self, dim: int, coordinates: tuple[int, ...]) -> Interval:
+        """Return what the rank at these mesh coordinates holds of a dimension."""
+        index = 0
+        for axis in self.axes_of(dim):
+            index = index * self.mesh.shape[axis] + coordinates[axis]
+        return self.pieces(dim)[index]
+
+    def region(self, position: int) -> Region:
+        """Return what the rank at a mesh position holds."""
+        return self.region_at(self.mesh.coordinates(position))
+
+    def region_at(self, coordinates: tuple[int, ...]) -> Region:
+        """Return what the rank at these mesh coordinates holds."""
+        intervals = [self.interval(dim, coordinates) for dim in range(len(self.shape))]
+        return Region(tuple(a for a, _ in intervals), tuple(b for _, b in intervals))
+
+    def largest_shape(self) -> tuple[int, ...]:
+        """Return the shape of the largest piece (pieces of each dimension are cut independently)."""
+        return tuple(max(b - a for a, b in self.pieces(dim)) for dim in range(len(self.shape)))
+
+    def has_empty_piece(self) -> bool:
+        """Return whether some rank would hold nothing."""
+        return any(a >= b for dim in range(len(self.shape)) for a, b in self.pieces(dim))

@@ -1,0 +1,96 @@
+"""The networks of the papers, by name."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Final
+
+from torch import nn
+
+from planner.errors import UnknownNameError
+from planner.models.alexnet import HYPAR, ONE_WEIRD_TRICK, alexnet
+from planner.models.digits import digits_alexnet, digits_cnn
+from planner.models.lenet import lenet5
+from planner.models.resnet import BasicBlock, Bottleneck, cifar_resnet, imagenet_resnet
+from planner.models.vgg import vgg
+
+__all__ = ["ENTRIES", "ModelEntry", "entry"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A network that is known by name.
+
+    Attributes:
+        name: what the user types.
+        build: returns the network with fresh weights; every one takes ``width`` and
+            ``num_classes``, some take more.
+        input_shape: of one sample, channels first.
+        family: module of this package that it comes from.
+        source: the paper that it is from.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    input_shape: tuple[int, ...]
+    family: str
+    source: str
+
+
+_IMAGENET: Final = (3, 224, 224)
+_CIFAR: Final = (3, 32, 32)
+_MNIST: Final = (1, 32, 32)  # 28 x 28, padded
+_DIGITS: Final = (1, 8, 8)
+
+_OWT14: Final = "Krizhevsky 2014, arXiv:1404.5997"
+_HYPAR19: Final = "Song et al. 2019, HPCA, arXiv:1901.02067"
+_LENET98: Final = "LeCun et al. 1998, Proc. IEEE 86(11)"
+_RESNET16: Final = "He et al. 2016, CVPR, arXiv:1512.03385"
+_VGG15: Final = "Simonyan and Zisserman 2015, ICLR, arXiv:1409.1556"
+_OURS: Final = "this project"
+
+_VGG_NAMES: Final = {"a": "vgg11", "b": "vgg13", "c": "vgg16-c", "d": "vgg16", "e": "vgg19"}
+
+
+def _entries() -> Iterator[ModelEntry]:
+    """Yield every network."""
+    alexnet_owt = partial(alexnet, ONE_WEIRD_TRICK)
+    alexnet_hypar = partial(alexnet, HYPAR, 2048)
+    resnet18 = partial(imagenet_resnet, BasicBlock, (2, 2, 2, 2))
+    resnet50 = partial(imagenet_resnet, Bottleneck, (3, 4, 6, 3))
+    yield ModelEntry("alexnet", alexnet, _IMAGENET, "alexnet", f"{_OWT14}, as in torchvision")
+    yield ModelEntry("alexnet-hypar", alexnet_hypar, _IMAGENET, "alexnet", _HYPAR19)
+    yield ModelEntry("alexnet-owt", alexnet_owt, _IMAGENET, "alexnet", _OWT14)
+    yield ModelEntry("digits-alexnet", digits_alexnet, _DIGITS, "digits", _OURS)
+    yield ModelEntry("digits-cnn", digits_cnn, _DIGITS, "digits", _OURS)
+    yield ModelEntry("lenet5", lenet5, _MNIST, "lenet", _LENET98)
+    yield ModelEntry("resnet18", resnet18, _IMAGENET, "resnet", _RESNET16)
+    yield ModelEntry("resnet50", resnet50, _IMAGENET, "resnet", _RESNET16)
+    for depth in (20, 56, 110):
+        build = partial(cifar_resnet, depth)
+        yield ModelEntry(f"resnet{depth}", build, _CIFAR, "resnet", _RESNET16)
+    for letter, name in _VGG_NAMES.items():
+        yield ModelEntry(f"vgg-{letter}", partial(vgg, letter), _IMAGENET, "vgg", _VGG15)
+        yield ModelEntry(name, partial(vgg, letter), _IMAGENET, "vgg", _VGG15)
+        if letter != "c":  # not in torchvision
+            build = partial(vgg, letter, batch_norm=True)
+            yield ModelEntry(f"{name}_bn", build, _IMAGENET, "vgg", _VGG15)
+
+
+ENTRIES: Final[Mapping[str, ModelEntry]] = MappingProxyType(
+    {known.name: known for known in sorted(_entries(), key=attrgetter("name"))}
+)
+
+
+def entry(name: str) -> ModelEntry:
+    """Return the network of this name.
+
+    Raises:
+        UnknownNameError: there is none; says the closest names and the other ways to give a model.
+    """
+    if name not in ENTRIES:
+        hint = "A model of your own is package.module:callable or path/to/file.py:callable."
+        raise UnknownNameError("model", name, ENTRIES, hint)
+    return ENTRIES[name]

@@ -1,0 +1,127 @@
+"""From a strategy with its costs to a plan."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+
+from planner.cost.simulate import Timeline
+from planner.cost.table import CostTable
+from planner.plan.schema import (
+    AxisPart,
+    BaselinePart,
+    ClusterPart,
+    CostPart,
+    InputTensor,
+    LayerPart,
+    MeshPart,
+    ModelPart,
+    Plan,
+    ProvenancePart,
+    SchedulePart,
+    SearchPart,
+    StagePart,
+    TotalsPart,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found, as plain numbers.
+
+    Attributes:
+        solver, status, lower_bound_s, gap: of the search.
+        choice: position of every layer's split in the table's space.
+        bucket_bytes: of the gradient reductions.
+        timeline: the simulated step.
+        num_replaced: layers where a fixed strategy's dimension is illegal.
+    """
+
+    solver: str
+    status: str
+    lower_bound_s: float
+    gap: float
+    choice: tuple[int, ...]
+    bucket_bytes: int
+    timeline: Timeline
+    num_replaced: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the plan was asked for, as far as the table does not know it."""
+
+    source: str
+    arguments: Mapping[str, str | int | float | bool]
+    inputs: Sequence[tuple[str, tuple[int, ...], str]]
+    memory_limit_bytes: int | None
+    command: str
+
+
+def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], request: Request) -> Plan:
+    """Return the plan of a strategy."""
+    space, model = table.space, table.model
+    graph, mesh, timeline = space.graph, space.mesh, found.timeline
+    strategy = table.strategy(found.choice)
+    costs = [layer[c] for layer, c in zip(table.layers, found.choice, strict=True)]
+    layers = [
+        LayerPart(
+            id=layer.id, op=layer.op.kind, split=dict(strategy[layer.id].axes),
+            cost=CostPart(compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=0.0, sync_s=t.sync_s, exposed_s=t.exposed_s),
+            memory_bytes=cost.memory.resident,
+        )
+        for layer, t, cost in zip(graph.layers, timeline.layers, costs, strict=True)
+    ]  # fmt: skip
+    return Plan(
+        model=ModelPart(
+            name=graph.name, source=request.source, arguments=dict(request.arguments),
+            graph_sha256=graph.digest, num_params=graph.num_params,
+            inputs=[InputTensor(name=n, shape=list(shape), dtype=dtype) for n, shape, dtype in request.inputs],
+        ),
+        batch=graph.batch,
+        precision=model.settings.precision,
+        optimizer=model.settings.optimizer.value,
+        io=space.io.value,
+        sync_batch_norm=model.settings.sync_batch_norm,
+        bucket_bytes=found.bucket_bytes,
+        cluster=ClusterPart(
+            name=model.machine.name, sha256=model.machine.digest, num_devices=len(model.machine.devices)
+        ),
+        schedule=SchedulePart(),
+        stages=[StagePart(
+            mesh=MeshPart(axes=[AxisPart(name=a.name, size=a.size) for a in mesh.axes], ranks=list(mesh.ranks)),
+            layers=layers,
+        )],
+        totals=TotalsPart(
+            step_s=timeline.step_s, samples_per_s=graph.batch / timeline.step_s, compute_s=timeline.compute_s,
+            exposed_s=timeline.exposed_s, estimated_s=max(timeline.compute_s - timeline.measured_s, 0.0),
+            communication_bytes=timeline.communication_bytes, memory_bytes=timeline.memory_bytes,
+        ),
+        baselines=[
+            BaselinePart(
+                name=b.solver, step_s=b.timeline.step_s, communication_bytes=b.timeline.communication_bytes,
+                memory_bytes=b.timeline.memory_bytes, num_replaced=b.num_replaced,
+            )
+            for b in baselines
+        ],
+        search=SearchPart(
+            solver=found.solver, status=found.status, lower_bound_s=found.lower_bound_s, gap=found.gap,
+            num_strategies=f"{space.num_strategies:.3g}", memory_limit_bytes=request.memory_limit_bytes,
+        ),
+        provenance=ProvenancePart(
+            profile_sha256=model.profile.digest, versions=versions(), command=request.command,
+            utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        ),
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a prediction depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("layerwise", "torch", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,99 @@
+"""Is a plan consistent, and does it belong to this network and this machine?"""
+
+from collections.abc import Iterator, Sequence
+
+from planner.errors import FormatError, MismatchError
+from planner.ir.graph import LayerGraph, is_boundary
+from planner.ir.ops import Redistribute
+from planner.ir.rules import InputOutput, io_split, is_legal
+from planner.plan.schema import Plan
+
+
+def refuse_inconsistent(plan: Plan, what: str) -> None:
+    """Check what can be checked without the network.
+
+    Raises:
+        FormatError: every problem with its JSON path.
+    """
+    problems = list(_problems(plan))
+    if problems:
+        raise FormatError(what, problems)
+
+
+def _problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    for i, tensor in enumerate(plan.model.inputs):
+        if tensor.shape[0] != plan.batch:
+            yield f"$.model.inputs[{i}].shape[0]", f"is {tensor.shape[0]}, but the batch is {plan.batch}"
+    for s, stage in enumerate(plan.stages):
+        try:
+            mesh = stage.mesh.mesh()
+        except ValueError as error:
+            yield f"$.stages[{s}].mesh", str(error)
+            continue
+        if sorted(mesh.ranks) != list(range(mesh.size)):
+            yield f"$.stages[{s}].mesh.ranks", f"are not the numbers 0 to {mesh.size - 1}"
+        if mesh.size > plan.cluster.num_devices:
+            yield f"$.stages[{s}].mesh", f"has {mesh.size} ranks, the cluster {plan.cluster.num_devices} devices"
+        axes = [axis.name for axis in mesh.axes]
+        seen: set[str] = set()
+        for k, layer in enumerate(stage.layers):
+            here = f"$.stages[{s}].layers[{k}]"
+            if layer.id in seen:
+                yield f"{here}.id", f"{layer.id!r} appears twice"
+            seen.add(layer.id)
+            if list(layer.split) != axes:
+                yield f"{here}.split", f"has the axes {list(layer.split)}, the mesh {axes}"
+
+
+def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
+    """Check that a plan was made for this layer graph and that every split is legal.
+
+    Raises:
+        MismatchError: with the first differences and what to do.
+    """
+    strategy, mesh = plan.strategy, plan.mesh
+    missing = [layer.id for layer in graph.layers if layer.id not in strategy]
+    unknown = [i for i in strategy if i not in graph.index]
+    advice = "Plan this model again, or build the model that the plan was made for."
+    if missing or unknown:
+        raise MismatchError(
+            f"the plan is for {plan.model.name!r}, not for this {graph.name!r}: "
+            f"{_listing('layers of the model without a split', missing)}"
+            f"{_listing('layers of the plan that the model has not', unknown)}{advice}"
+        )
+    if graph.digest != plan.model.graph_sha256:
+        raise MismatchError(
+            f"the plan's layers have this model's names, but operators, shapes or parameters differ (graph digest "
+            f"{graph.digest[:12]}…, plan {plan.model.graph_sha256[:12]}…). {advice}"
+        )
+    io = InputOutput(plan.io)
+    for layer in graph.layers:
+        split = strategy[layer.id]
+        legal = (
+            split == io_split(layer.op, layer.output, graph.batch, mesh, io)
+            if is_boundary(layer.op)
+            else is_legal(layer, graph.inputs_of(layer), mesh, split)
+        )
+        if not legal:
+            kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind
+            raise MismatchError(f"layer {layer.id!r} ({kind}) cannot be split as {split}. {advice}")
+
+
+def _listing(what: str, ids: Sequence[str]) -> str:
+    if not ids:
+        return ""
+    shown = ", ".join(map(repr, ids[:3]))
+    return f"{what}: {shown}{f' and {len(ids) - 3} more' if len(ids) > 3 else ''}. "
+
+
+def refuse_other_machine(plan: Plan, machine_digest: str, machine_name: str) -> None:
+    """Check that a plan was made for this machine.
+
+    Raises:
+        MismatchError: with both names.
+    """
+    if plan.cluster.sha256 != machine_digest:
+        raise MismatchError(
+            f"the plan is for cluster {plan.cluster.name!r} (digest {plan.cluster.sha256[:12]}…), not for "
+            f"{machine_name!r} ({machine_digest[:12]}…). Plan again with --cluster {machine_name}."
+        )

@@ -1,0 +1,252 @@
+"""The plan file: decisions, digests, prediction and provenance. Consequences are derived, not stored.
+
+Transfers, groups and local shapes follow from the splits (``planner.ir``), so they are not here.
+Sizes are in bytes, times in seconds per step.
+"""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field
+
+from planner.errors import UsageError
+from planner.ir.canonical import StrictModel, canonical_bytes, decode, decode_file, sha256_of, write_atomically
+from planner.ir.mesh import Mesh, MeshAxis
+from planner.ir.rules import InputOutput
+from planner.ir.split import Dimension, LayerId, Split
+
+SCHEMA_VERSION: Final = 1
+
+MAX_RANKS: Final = 65_536
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Bytes = Annotated[int, Field(ge=0, le=2**63)]
+Seconds = Annotated[float, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class InputTensor(StrictModel):
+    """A model input; the first size is the global batch."""
+
+    name: Name
+    shape: Annotated[list[Count], Field(min_length=1, max_length=8)]
+    dtype: Name
+
+
+class ModelPart(StrictModel):
+    """Which network the plan is for."""
+
+    name: Name
+    source: str
+    arguments: dict[str, str | int | float | bool] = {}
+    graph_sha256: Sha256
+    num_params: Annotated[int, Field(ge=0)]
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=100)]
+
+
+class ClusterPart(StrictModel):
+    """Which machine the plan is for."""
+
+    name: Name
+    sha256: Sha256
+    num_devices: Annotated[int, Field(ge=1, le=MAX_RANKS)]
+
+
+class AxisPart(StrictModel):
+    """One mesh axis."""
+
+    name: Name
+    size: Annotated[int, Field(ge=2, le=MAX_RANKS)]
+
+
+class MeshPart(StrictModel):
+    """The devices of a stage; outermost axis first, ranks row-major."""
+
+    axes: Annotated[list[AxisPart], Field(max_length=12)]
+    ranks: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_RANKS)]], Field(min_length=1, max_length=MAX_RANKS)]
+
+    def mesh(self) -> Mesh:
+        """Return the mesh.
+
+        Raises:
+            ValueError: sizes and ranks do not fit.
+        """
+        return Mesh(tuple(MeshAxis(a.name, a.size) for a in self.axes), tuple(self.ranks))
+
+
+class CostPart(StrictModel):
+    """Predicted seconds of one layer; ``exposed_s`` is communication that nothing hides."""
+
+    compute_s: Seconds
+    transfer_s: Seconds
+    halo_s: Seconds
+    sync_s: Seconds
+    exposed_s: Seconds
+
+
+class LayerPart(StrictModel):
+    """One layer: its split and what that is predicted to cost."""
+
+    id: Name
+    op: Name
+    split: dict[Name, Dimension]
+    cost: CostPart
+    memory_bytes: Bytes
+
+
+class StagePart(StrictModel):
+    """Layers that run on one mesh."""
+
+    mesh: MeshPart
+    parameter_sharding: Literal["none"] = "none"
+    layers: Annotated[list[LayerPart], Field(min_length=1, max_length=200_000)]
+
+    def strategy(self) -> dict[LayerId, Split]:
+        """Return the split of every layer."""
+        return {LayerId(layer.id): Split(tuple(layer.split.items())) for layer in self.layers}
+
+
+class SchedulePart(StrictModel):
+    """Order of micro-batches over stages; one stage has one."""
+
+    kind: Literal["single"] = "single"
+    num_microbatches: Literal[1] = 1
+
+
+class TotalsPart(StrictModel):
+    """The predicted step. ``estimated_s`` is the part of compute that no measurement of a layer backs."""
+
+    step_s: Seconds
+    samples_per_s: Annotated[float, Field(ge=0)]
+    compute_s: Seconds
+    exposed_s: Seconds
+    estimated_s: Seconds
+    communication_bytes: Annotated[float, Field(ge=0)]
+    memory_bytes: Bytes
+
+
+class BaselinePart(StrictModel):
+    """A fixed strategy on the same problem; ``num_replaced`` layers could not follow its rule."""
+
+    name: Name
+    step_s: Seconds
+    communication_bytes: Annotated[float, Field(ge=0)]
+    memory_bytes: Bytes
+    num_replaced: Annotated[int, Field(ge=0)]
+
+
+class SearchPart(StrictModel):
+    """How the plan was found and how good it is proven to be."""
+
+    solver: Name
+    status: Literal["optimal", "feasible"]
+    lower_bound_s: Seconds
+    gap: Annotated[float, Field(ge=0, le=1)]
+    num_strategies: Name
+    memory_limit_bytes: Bytes | None
+
+
+class ProvenancePart(StrictModel):
+    """Where the plan comes from."""
+
+    profile_sha256: Sha256
+    versions: dict[str, str]
+    command: str
+    utc: str
+
+
+class Plan(StrictModel):
+    """A plan file."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelPart
+    batch: Count
+    precision: Literal["fp32", "tf32", "bf16"]
+    optimizer: Literal["sgd", "momentum", "adam"]
+    io: Literal["per-rank", "global"]
+    sync_batch_norm: bool
+    bucket_bytes: Annotated[int, Field(ge=1, le=2**40)]
+    cluster: ClusterPart
+    schedule: SchedulePart
+    stages: Annotated[list[StagePart], Field(min_length=1, max_length=1)]
+    totals: TotalsPart
+    baselines: list[BaselinePart]
+    search: SearchPart
+    provenance: ProvenancePart
+
+    @staticmethod
+    def load(path: str | Path) -> "Plan":
+        """Read a plan file. Never executes code.
+
+        Raises:
+            UsageError: no such file.
+            FormatError: every problem with its JSON path.
+        """
+        place = Path(path)
+        return decode_file(Plan, place, f"plan {place}").validated(str(place))
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Read a plan from its JSON text; raises as ``load``."""
+        return decode(Plan, text, "plan").validated("plan")
+
+    def validated(self, what: str) -> Self:
+        """Return this plan after the checks that go across fields.
+
+        Raises:
+            FormatError: sizes, axes or layers do not fit each other.
+        """
+        from planner.plan.check import refuse_inconsistent
+
+        refuse_inconsistent(self, what)
+        return self
+
+    def to_json(self) -> str:
+        """Return the file's text; the same plan gives the same bytes."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan; an existing file is replaced in one step."""
+        write_atomically(Path(path), self.to_json())
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the only stage."""
+        return self.stages[0].mesh.mesh()
+
+    @property
+    def strategy(self) -> dict[LayerId, Split]:
+        """The split of every layer."""
+        return self.stages[0].strategy()
+
+    @property
+    def input_output(self) -> InputOutput:
+        """How ranks pass the batch and get the output."""
+        return InputOutput(self.io)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides what the ranks do; prediction and provenance are left out."""
+        decisions = self.model_dump(mode="json", include={
+            "model", "batch", "precision", "io", "sync_batch_norm", "bucket_bytes", "schedule"})  # fmt: skip
+        splits = [[layer.id, layer.split] for stage in self.stages for layer in stage.layers]
+        meshes = [stage.mesh.model_dump(mode="json") for stage in self.stages]
+        return sha256_of([decisions, splits, meshes])
+
+
+def json_schema() -> str:
+    """Return the JSON Schema of the plan file, as canonical text."""
+    return canonical_bytes(Plan.model_json_schema()).decode()
+
+
+def require_single_rank_count(plan: Plan, world_size: int) -> None:
+    """Raise if the plan is for another number of ranks.
+
+    Raises:
+        UsageError: with both numbers and what to do.
+    """
+    if world_size != plan.mesh.size:
+        raise UsageError(
+            f"the plan is for {plan.mesh.size} ranks, but {world_size} are running. Start {plan.mesh.size} ranks "
+            "(torchrun --nproc-per-node), or plan again for this number."
+        )

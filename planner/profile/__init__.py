@@ -1,0 +1,1 @@
+"""Times of single layers: measured tables, and a roofline where nothing was measured."""

@@ -1,0 +1,1 @@
+"""Choosing: solvers see tables of numbers, not layers."""

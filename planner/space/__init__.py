@@ -1,0 +1,1 @@
+"""Which splits are legal."""

@@ -1,0 +1,231 @@
+"""The few collectives that everything else is made of, with two implementations.
+
+All work on flat, contiguous buffers along a set of mesh axes; the group is formed by the ranks that
+differ only there, in row-major order. ``TorchCommunicator`` talks through ``torch.distributed``;
+``ThreadCommunicator`` joins threads of one process, so that tests run the real lowered modules of
+many ranks without processes.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from planner.errors import RunError
+from planner.ir.mesh import Mesh
+from runtime.groups import ProcessGroups
+
+Axes = tuple[int, ...]
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Block (or make the current stream wait) until it is done."""
+        ...
+
+
+class Communicator(Protocol):
+    """Collectives along mesh axes.
+
+    Attributes:
+        mesh: the ranks.
+        position: of this rank in the mesh.
+    """
+
+    mesh: Mesh
+    position: int
+
+    def all_reduce(self, buffer: torch.Tensor, axes: Axes) -> None:
+        """Add the buffers of the group, in place."""
+        ...
+
+    def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
+        """Start adding the buffers of the group in place; calls must come in one order on all ranks."""
+        ...
+
+    def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        """Return the buffers of the group one after the other; member i gives ``counts[i]`` elements."""
+        ...
+
+    def reduce_scatter(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        """Return the sum over the group of everyone's part for this rank; member i gets ``counts[i]``."""
+        ...
+
+    def exchange(
+        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+    ) -> torch.Tensor:
+        """Send consecutive parts of the buffer to the members; return theirs for this rank."""
+        ...
+
+    def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
+        """Start collecting one number of every rank; the result waits for it."""
+        ...
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite the tensor with that of mesh position 0."""
+        ...
+
+
+def members_of(mesh: Mesh, position: int, axes: Axes) -> tuple[int, ...]:
+    """Return the mesh positions of a rank's group along these axes, in row-major order."""
+    return next(group for group in mesh.groups(axes) if position in group)
+
+
+class TorchCommunicator:
+    """Collectives of ``torch.distributed``: NCCL for CUDA tensors, gloo for CPU tensors."""
+
+    def __init__(self, mesh: Mesh, groups: ProcessGroups) -> None:
+        self.mesh, self._groups = mesh, groups
+        self.position = mesh.ranks.index(dist.get_rank())
+
+    def all_reduce(self, buffer: torch.Tensor, axes: Axes) -> None:
+        dist.all_reduce(buffer, group=self._groups.blocking(axes))
+
+    def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
+        work = dist.all_reduce(buffer, group=self._groups.overlapped(axes), async_op=True)
+        assert work is not None
+        return work
+
+    def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        group = self._groups.blocking(axes)
+        if min(counts) == max(counts):
+            result = buffer.new_empty(sum(counts))
+            dist.all_gather_into_tensor(result, buffer, group=group)
+            return result
+        size = len(counts)  # no backend gathers uneven pieces: everyone sends its piece to everyone
+        return self.exchange(buffer.repeat(size), [buffer.numel()] * size, counts, axes)
+
+    def reduce_scatter(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        group = self._groups.blocking(axes)
+        own = counts[dist.get_rank(group)]
+        if min(counts) == max(counts) and buffer.is_cuda:
+            result = buffer.new_empty(own)
+            dist.reduce_scatter_tensor(result, buffer, group=group)
+            return result
+        # gloo emulates reduce-scatter by an all-reduce, which moves twice the bytes
+        parts = self.exchange(buffer, counts, [own] * len(counts), axes)
+        return parts.view(len(counts), own).sum(0)
+
+    def exchange(
+        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+    ) -> torch.Tensor:
+        result = buffer.new_empty(sum(receive_counts))
+        dist.all_to_all_single(
+            result, buffer, list(receive_counts), list(send_counts), group=self._groups.blocking(axes)
+        )
+        return result
+
+    def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
+        everyone = tuple(range(len(self.mesh.axes)))
+        if not everyone:
+            return lambda: [value]
+        found = torch.empty(self.mesh.size, dtype=torch.int64)
+        mine = torch.tensor([value])
+        work = dist.all_gather_into_tensor(found, mine, group=self._groups.host(), async_op=True)
+
+        def result() -> list[int]:
+            assert work is not None
+            work.wait()
+            return [int(v) for v in found]
+
+        return result
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        if self.mesh.axes:
+            everyone = tuple(range(len(self.mesh.axes)))
+            dist.broadcast(tensor, src=self.mesh.ranks[0], group=self._groups.blocking(everyone))
+
+
+@dataclass
+class ThreadWorld:
+    """What the threads of one simulated job share."""
+
+    mesh: Mesh
+    timeout_s: float = 60.0
+    barriers: dict[tuple[int, ...], threading.Barrier] = field(default_factory=dict)
+    slots: dict[tuple[int, ...], list[object]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def meet(self, members: tuple[int, ...], position: int, value: object) -> list[object]:
+        """Return what every member brought, in order; all members must call it in one order."""
+        with self.lock:
+            barrier = self.barriers.setdefault(members, threading.Barrier(len(members)))
+            slot = self.slots.setdefault(members, [None] * len(members))
+        slot[members.index(position)] = value
+        try:
+            barrier.wait(self.timeout_s)
+            found = list(slot)
+            barrier.wait(self.timeout_s)
+        except threading.BrokenBarrierError:
+            raise RunError(f"rank {position}: another rank of {members} died or hangs") from None
+        return found
+
+    def abort(self) -> None:
+        """Let every waiting thread fail: one of them died."""
+        with self.lock:
+            for barrier in self.barriers.values():
+                barrier.abort()
+
+
+class ThreadCommunicator:
+    """Ranks as threads of one process."""
+
+    def __init__(self, world: ThreadWorld, position: int) -> None:
+        self._world, self.mesh, self.position = world, world.mesh, position
+
+    def _meet(self, value: object, axes: Axes) -> list[object]:
+        return self._world.meet(members_of(self.mesh, self.position, axes), self.position, value)
+
+    def _tensors(self, buffer: torch.Tensor, axes: Axes) -> list[torch.Tensor]:
+        found = self._meet(buffer.clone(), axes)
+        assert all(isinstance(b, torch.Tensor) for b in found)
+        return found  # type: ignore[return-value]  # checked on the line above
+
+    def all_reduce(self, buffer: torch.Tensor, axes: Axes) -> None:
+        buffer.copy_(torch.stack(self._tensors(buffer, axes)).sum(0))
+
+    def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
+        self.all_reduce(buffer, axes)
+        return _Done()
+
+    def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        found = self._tensors(buffer, axes)
+        assert [b.numel() for b in found] == list(counts)
+        return torch.cat(found)
+
+    def reduce_scatter(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
+        index = members_of(self.mesh, self.position, axes).index(self.position)
+        found = torch.stack(self._tensors(buffer, axes)).sum(0)
+        return found.split(list(counts))[index].clone()
+
+    def exchange(
+        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+    ) -> torch.Tensor:
+        index = members_of(self.mesh, self.position, axes).index(self.position)
+        everyone = self._meet(buffer.clone().split(list(send_counts)), axes)
+        parts = [parts[index] for parts in everyone]  # type: ignore[index]  # tuples of tensors, as put in above
+        assert [p.numel() for p in parts] == list(receive_counts)
+        return torch.cat(parts)
+
+    def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
+        found = self._meet(value, tuple(range(len(self.mesh.axes))))
+        return lambda: [int(v) for v in found]  # type: ignore[call-overload]  # everyone brought an int
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        tensor.data.copy_(self._tensors(tensor, tuple(range(len(self.mesh.axes))))[0])
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+def group_size(mesh: Mesh, axes: Axes) -> int:
+    """Return the number of ranks in each group along these axes."""
+    return math.prod(mesh.shape[a] for a in axes)

@@ -1,0 +1,276 @@
+"""Operators that must know how they are split. All others work on local pieces as they are.
+
+Each holds its local parameters under the names of the module that it replaces, so that the
+parallel module's ``state_dict`` keeps the user's names.
+
+Shapes: N samples, C channels, ... space or nothing.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from planner.ir.mesh import Mesh
+from runtime.communicator import Axes, Communicator, group_size
+from runtime.exchange import Batch, Conversion, Convert, ScaleGradient
+
+
+@dataclass
+class StepState:
+    """What the modules of one rank share during a step.
+
+    Attributes:
+        communicator: of this rank.
+        batch: of the running step; set before the forward pass.
+        rank_samples: samples of the user's batch on this rank.
+        step: forward passes in training so far; part of every dropout's seed.
+        seed: equal on all ranks.
+        gradient_scale: by which every gradient inside the network is larger than that of the mean
+            loss over the global batch (see ``runtime.parallelize``).
+    """
+
+    communicator: Communicator
+    batch: Batch = field(default_factory=lambda: Batch(1))
+    rank_samples: int = 1
+    step: int = 0
+    seed: int = 0
+    gradient_scale: float = 1.0
+    resolve_batch: Callable[[], None] | None = None
+
+    def current_batch(self) -> Batch:
+        """Return the batch of this step; waits for the other ranks' sizes where that is needed."""
+        if self.resolve_batch is not None:
+            resolve, self.resolve_batch = self.resolve_batch, None
+            resolve()
+        return self.batch
+
+
+class Redistribution(nn.Module):
+    """Turns a tensor from one layout into another, and its gradient back.
+
+    Args:
+        conversion: both layouts.
+        state: of this rank.
+        gradient_factor: multiplies the gradient behind the conversion; a function of the state.
+    """
+
+    def __init__(
+        self, conversion: Conversion, state: StepState, gradient_factor: Callable[[StepState], float] | None = None
+    ) -> None:
+        super().__init__()
+        self._conversion, self._state, self._factor = conversion, state, gradient_factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self._state
+        forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
+        if forward or backward:
+            x = Convert.apply(x, forward, backward)
+        factor = self._factor(state) if self._factor is not None else 1.0
+        return x if factor == 1.0 else ScaleGradient.apply(x, factor)
+
+    def extra_repr(self) -> str:
+        return self._conversion.name
+
+
+class Product(nn.Module):
+    """A convolution or linear layer on local parameters.
+
+    Args:
+        original: the whole module, for its attributes.
+        weight, bias: local pieces.
+        groups: of the local convolution.
+        resolve: turns partial sums into the layer's output; None where there are none. The bias is
+            added once, behind it.
+        gradient_factors: by which the gradients of weight and bias are multiplied.
+    """
+
+    def __init__(  # noqa: PLR0913  # what a product is made of
+        self,
+        original: nn.Module,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        groups: int,
+        resolve: Redistribution | None,
+        gradient_factors: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.resolve = resolve
+        self._factors = gradient_factors
+        self._call = _product(original, groups)
+        self._description = f"{type(original).__name__}, local weight {tuple(weight.shape)}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = _scaled(self.weight, self._factors[0]), _scaled(self.bias, self._factors[1])
+        if self.resolve is None:
+            return self._call(x, weight, bias)
+        y = self.resolve(self._call(x, weight, None))
+        if bias is None:
+            return y
+        return y + (bias.view(-1, *[1] * (y.dim() - 2)) if y.dim() > 2 and self._description.startswith("Conv") else bias)
+
+    def extra_repr(self) -> str:
+        return self._description
+
+
+def _scaled(parameter: torch.Tensor | None, factor: float) -> Any:
+    return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, factor)
+
+
+def _product(original: nn.Module, groups: int) -> Callable[..., torch.Tensor]:
+    if isinstance(original, nn.Linear):
+        return functional.linear
+    convolve = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
+    function = next(f for kind, f in convolve.items() if isinstance(original, kind))
+    stride, padding, dilation = original.stride, original.padding, original.dilation
+    return lambda x, w, b: function(x, w, b, stride, padding, dilation, groups)  # type: ignore[arg-type]  # attributes of a convolution
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the pieces of several ranks, equal to that of one device.
+
+    Args:
+        original: the whole module, for its attributes.
+        tensors: local pieces of its parameters and buffers, by name.
+        axes: mesh axes over which the statistics are sums; empty for local statistics.
+        state: of this rank.
+        gradient_factor: by which the gradients of weight and bias are multiplied.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def __init__(
+        self, original: nn.Module, tensors: dict[str, torch.Tensor], axes: Axes, state: StepState, gradient_factor: float
+    ) -> None:
+        super().__init__()
+        self.register_parameter("weight", tensors["weight"])  # type: ignore[arg-type]  # a parameter
+        self.register_parameter("bias", tensors["bias"])  # type: ignore[arg-type]  # a parameter
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, tensors[name])
+        self.eps, self.momentum = original.eps, original.momentum
+        self._axes, self._state, self._factor = axes, state, gradient_factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = _scaled(self.weight, self._factor), _scaled(self.bias, self._factor)
+        if not self.training:
+            return functional.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else float(self.momentum)
+        if not self._axes:
+            return functional.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps)
+        y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self._axes, self._state.communicator)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()} local channels, statistics over mesh axes {self._axes}"
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Statistics by one all-gather of (mean, squared deviations, count), joined as in [Chan79]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, axes: Axes, communicator: Communicator) -> Any:  # noqa: PLR0913  # what autograd passes  # fmt: skip
+        dims = [d for d in range(x.dim()) if d != 1]
+        channels = x.shape[1]
+        local_count = x.numel() // channels
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        packed = torch.cat([mean.to(wide), variance.to(wide), mean.new_tensor([local_count], dtype=wide)])
+        size = group_size(communicator.mesh, axes)
+        rows = communicator.all_gather(packed, [packed.numel()] * size, axes).view(size, -1)
+        means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
+        count = counts.sum()  # stays on the device: reading it would make the host wait
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
+        invstd = torch.rsqrt(variance + eps)
+        y = functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.count, ctx.axes, ctx.communicator, ctx.eps = count, axes, communicator, eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight, mean, invstd = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        centred = x - mean.view(shape)
+        d_bias = dy.sum(dims)
+        d_weight = (dy * centred).sum(dims) * invstd
+        packed = torch.cat([d_bias, d_weight])
+        ctx.communicator.all_reduce(packed, ctx.axes)
+        sum_dy, sum_dy_xhat = (packed / ctx.count).chunk(2)
+        scale = weight * invstd
+        dx = dy.sub_(sum_dy.view(shape)) if dy is not gradients[0] else dy - sum_dy.view(shape)
+        dx = dx.sub_(centred.mul_((invstd * sum_dy_xhat).view(shape))).mul_(scale.view(shape))
+        return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask depends on the step, the layer and the shard: replicas agree, shards differ.
+
+    Args:
+        probability: of an element (or a whole channel) to become zero.
+        whole_channels: as ``nn.Dropout2d``.
+        key: of layer and shard; equal on ranks that hold the same piece.
+        state: of this rank.
+    """
+
+    def __init__(self, probability: float, whole_channels: bool, key: int, state: StepState) -> None:
+        super().__init__()
+        self.p, self._whole, self._key, self._state = probability, whole_channels, key, state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.p == 1:
+            return x * 0
+        generator = torch.Generator(device=x.device)
+        generator.manual_seed((self._state.seed * 1_000_003 + self._state.step * 7_919 + self._key) % 2**63)
+        shape = (*x.shape[:2], *[1] * (x.dim() - 2)) if self._whole else x.shape
+        mask = x.new_empty(shape).bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+        return x * mask
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class LocalLoss(nn.Module):
+    """A loss inside the model on this rank's samples, as its share of the mean over the batch.
+
+    Args:
+        call: the original loss.
+        mean: it is a mean over the samples (else a sum).
+        resolve: adds the shares of the ranks.
+        state: of this rank.
+    """
+
+    def __init__(self, call: Callable[..., torch.Tensor], mean: bool, resolve: Redistribution, state: StepState) -> None:
+        super().__init__()
+        self._call, self._mean, self.resolve, self._state = call, mean, resolve, state
+
+    def forward(self, x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        loss = self._call(x, *others, **options)
+        if self._mean:
+            loss = loss * (x.shape[0] / self._state.current_batch().size)
+        return self.resolve(loss)
+
+
+def shard_key(name: str, mesh: Mesh, position: int, axes: Axes) -> int:
+    """Return a number for a layer and the piece that a rank holds of it, equal on replicas."""
+    coordinates = mesh.coordinates(position)
+    text = f"{name}:{[coordinates[a] for a in axes]}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,138 @@
+"""`parallelize`: the parallel module of one rank."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from planner.errors import MismatchError, UsageError
+from planner.frontend.lower import TracedModel, trace_layers
+from planner.ir.layout import balanced_pieces
+from planner.ir.rules import InputOutput
+from planner.plan.check import refuse_other_model
+from planner.plan.schema import Plan, require_single_rank_count
+from runtime.communicator import Communicator, TorchCommunicator
+from runtime.exchange import Batch
+from runtime.groups import ProcessGroups
+from runtime.lower import Lowering, communication_axes
+from runtime.ops import StepState
+from runtime.params import broadcast_state
+from runtime.reducer import Reducer
+
+
+class ParallelModule(fx.GraphModule):
+    """One rank's part of a planned model: local parameters under their original names.
+
+    ``print(module.code)`` shows what it runs. After ``loss.backward()`` every gradient is that of
+    the mean loss over the global batch, as one device would have it.
+    """
+
+    plan: Plan
+    _state: StepState
+    _reducer: Reducer
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients on this rank only; the next backward pass outside reduces their sum."""
+        self._reducer.enabled = False
+        try:
+            yield
+        finally:
+            self._reducer.enabled = True
+
+    def _before_forward(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        state = self._state
+        samples = {x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim()}
+        if len(samples) != 1:
+            raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
+        state.rank_samples = samples.pop()
+        if self.training:
+            state.step += 1
+        if InputOutput(self.plan.io) is InputOutput.GLOBAL:
+            state.batch = Batch(state.rank_samples)
+            return
+        pending = state.communicator.start_gather_ints(state.rank_samples)
+
+        def resolve() -> None:
+            state.batch = _batch_of(tuple(pending()))
+
+        state.resolve_batch = resolve
+
+
+def _batch_of(pieces: tuple[int, ...]) -> Batch:
+    size = sum(pieces)
+    balanced = tuple(b - a for a, b in balanced_pieces(size, len(pieces)))
+    if min(pieces) < 1:
+        raise MismatchError(f"the ranks passed {pieces} samples; every rank needs at least one")
+    return Batch(size, None if pieces == balanced else pieces)
+
+
+def parallelize(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh | None = None, *, timeout_s: float = 60.0
+) -> ParallelModule:
+    """Return this rank's part of a model, to be trained like any module.
+
+    Every rank calls it with the same plan, under torchrun or any other launcher. Parameters and
+    buffers of rank 0 are broadcast first. Pass each rank its own samples (``io: per-rank``; what a
+    ``DistributedSampler`` gives it) or the whole batch (``io: global``); compute the loss as on one
+    device; call ``backward()`` and step any optimizer over ``parameters()``.
+
+    Args:
+        model: the planned network with its weights, on the device that this rank uses.
+        plan: the plan.
+        mesh: a mesh over the ranks, for users who have one; its ranks must be those of the plan.
+        timeout_s: after which a collective with a missing peer fails.
+
+    Raises:
+        UsageError: torch.distributed is not initialised, weights are on the meta device, or the
+            plan is for another number of ranks.
+        MismatchError: the plan was made for another model.
+    """
+    if not torch.distributed.is_initialized():
+        raise UsageError(
+            "torch.distributed is not initialised: call runtime.launch.initialize() (or "
+            "torch.distributed.init_process_group()) first, and start the script with torchrun"
+        )
+    require_single_rank_count(plan, torch.distributed.get_world_size())
+    if mesh is not None and sorted(mesh.mesh.flatten().tolist()) != sorted(plan.mesh.ranks):
+        raise UsageError(f"the given mesh has ranks {mesh.mesh.tolist()}, the plan {list(plan.mesh.ranks)}")
+    traced = trace_for(model, plan)
+    groups = ProcessGroups(plan.mesh, communication_axes(traced, plan), timeout_s)
+    return lower(model, traced, plan, TorchCommunicator(plan.mesh, groups))
+
+
+def trace_for(model: nn.Module, plan: Plan) -> TracedModel:
+    """Return the traced model after checking that the plan was made for it.
+
+    Raises:
+        UsageError: weights are on the meta device.
+        MismatchError: the plan was made for another model.
+    """
+    if any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers())):
+        raise UsageError("the model's weights are on the meta device; build it on a real device to run it")
+    examples = tuple(
+        torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta") for tensor in plan.model.inputs
+    )
+    traced = trace_layers(model, examples, plan.model.name)
+    refuse_other_model(plan, traced.layers)
+    return traced
+
+
+def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Communicator) -> ParallelModule:
+    """Return the parallel module of the communicator's rank; ``parallelize`` without the checks."""
+    broadcast_state(model, communicator)
+    state = StepState(communicator)
+    seed = torch.tensor([torch.initial_seed() % 2**31])
+    communicator.broadcast(seed)
+    state.seed = int(seed)
+    lowered = Lowering(traced, model, plan, state).run()
+    module = ParallelModule(lowered.modules, lowered.graph, type(model).__name__)  # type: ignore[arg-type]  # a dict of modules is a root
+    module.plan, module._state = plan, state
+    module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
+    module.register_forward_pre_hook(module._before_forward)
+    module.train(model.training)
+    return module
