@@ -1,11 +1,12 @@
 """The whole way in a few functions: trace, price, search, plan; and the comparison of strategies."""
 
 import logging
+import statistics
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -25,13 +26,20 @@ from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_plan
 from planner.plan.schema import Plan
 from planner.profile.roofline import Roofline
-from planner.profile.table import ProfileTable
+from planner.profile.table import Measurement, ProfileTable
 from planner.search.auto import SOLVERS, Planned, Search
 from planner.search.fixed import FIXED
 from planner.search.problem import Limits
-from planner.space.enumerate import DEFAULT_DIMENSIONS, default_io, enumerate_splits
+from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
+
+if TYPE_CHECKING:
+    from planner.measure.host import HostRates
+    from runtime.namespaces import Hosts
 
 _log = logging.getLogger(__name__)
+
+MEASURE_TIMEOUT_S = 600.0
+"""For the processes that time layers and links."""
 
 MAX_MESHES = 6
 """Candidate meshes that are searched: whole levels first, then their factorings."""
@@ -97,13 +105,53 @@ def machine_of(
     elif isinstance(cluster, DeviceGraph):
         graph = cluster
     elif str(cluster).startswith("local-"):
-        from planner.measure.host import local_machine  # measures on first use
+        from planner.measure.host import local_machine, parse_local
 
-        graph, profile = local_machine(str(cluster))
-        return Machine(graph, profile)
+        return Machine(*local_machine(parse_local(str(cluster)), measure_host))
     else:
         graph = find_cluster(str(cluster))
     return Machine(graph, data_sheet_profile(graph, precision))
+
+
+def measure_host(num_ranks: int, hosts: "Hosts | None" = None) -> "HostRates":
+    """Measure this host with so many processes at once, a few seconds.
+
+    Args:
+        num_ranks: processes.
+        hosts: network namespaces to spread them over; links are then those between the namespaces.
+    """
+    from planner.measure.host import HostRates, median_rates, threads_per_rank
+    from runtime.launch import run_local
+
+    found = run_local(
+        "runtime.measuring:host_rates", None, num_ranks=num_ranks, timeout_s=MEASURE_TIMEOUT_S,
+        threads_per_rank=threads_per_rank(num_ranks), hosts=hosts,
+    )  # fmt: skip
+    return median_rates([HostRates.model_validate(rates) for rates in found])
+
+
+def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner":
+    """Return the planner with measured times of every piece of a layer that its search can ask for.
+
+    As many processes as the machine has devices time the same layers at once on this host.
+    """
+    from planner.measure.host import threads_per_rank
+    from runtime.launch import run_local
+
+    machine, count = planner.machine, len(planner.machine.graph.devices)
+    keys = planner.layer_keys()
+    start = time.perf_counter()
+    found = run_local(
+        "runtime.measuring:layer_times", {"keys": keys}, num_ranks=count, timeout_s=MEASURE_TIMEOUT_S,
+        threads_per_rank=threads_per_rank(count), hosts=hosts,
+    )  # fmt: skip
+    layers = {
+        key: Measurement(*(statistics.median(rank[key][i] for rank in found) for i in range(3)), int(found[0][key][3]))  # type: ignore[index,call-overload,arg-type,misc]  # JSON of layer_times
+        for key in keys if key in found[0]  # type: ignore[operator]
+    }  # fmt: skip
+    _log.info("profile: %d layers timed in %.1f s", len(layers), time.perf_counter() - start)
+    profile = replace(machine.profile, layers=layers)
+    return replace(planner, machine=Machine(machine.graph, profile))
 
 
 def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
@@ -146,11 +194,27 @@ class Planner:
 
     def table(self, mesh: Mesh) -> CostTable:
         """Return the priced search space on a mesh."""
+        return CostTable.of(self._space(mesh), self._model(mesh))
+
+    def _space(self, mesh: Mesh) -> SearchSpace:
         options, layers = self.options, self.traced.layers
         io = InputOutput(options.io) if options.io else default_io(layers.batch, mesh.size)
-        space = enumerate_splits(layers, mesh, io, options.dimensions)
+        return enumerate_splits(layers, mesh, io, options.dimensions)
+
+    def _model(self, mesh: Mesh) -> CostModel:
+        options, machine = self.options, self.machine
         settings = Settings(options.precision, Optimizer(options.optimizer), options.sync_batch_norm)
-        return CostTable.of(space, CostModel.of(layers, self.machine.graph, mesh, self.machine.profile, settings))
+        return CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
+
+    def layer_keys(self) -> list[str]:
+        """Return the profile keys of every piece of a layer that a search can ask for."""
+        found: dict[str, None] = {}
+        for mesh in self.meshes():
+            model, space = self._model(mesh), self._space(mesh)
+            for layer in self.traced.layers.layers:
+                for split in space.splits[layer.id]:
+                    found[model.local(layer, split).key] = None
+        return list(found)
 
     def search(self, mesh: Mesh) -> Search:
         """Return the solvers on a mesh."""
@@ -177,10 +241,7 @@ class Planner:
             planned = search.solve(self.options.solver)
             found.append((search, planned))
             _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
-        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
-        if len(found) == len(self.meshes()) or self.options.solver in FIXED:
-            return search, planned
-        return search, planned
+        return min(found, key=lambda pair: pair[1].timeline.step_s)
 
     def baselines(self) -> list[Planned]:
         """Return every fixed strategy on the mesh of whole levels, whether or not it fits."""
@@ -189,7 +250,10 @@ class Planner:
 
     def plan(self) -> Plan:
         """Return the best plan with the fixed strategies beside it."""
-        search, planned = self.best()
+        return self.plan_of(*self.best())
+
+    def plan_of(self, search: Search, planned: Planned) -> Plan:
+        """Return a strategy as a plan, with the fixed strategies beside it."""
         options = self.options
         inputs = [
             (layer.id, layer.output.shape, layer.output.dtype.value)

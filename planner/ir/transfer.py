@@ -93,9 +93,11 @@ def _covers(a: Layout, b: Layout, dim: int) -> bool:
 def _nests(fine: Layout, coarse: Layout, dim: int) -> bool:
     """Return whether joining the pieces of the innermost axes of ``fine`` gives those of ``coarse``."""
     fine_axes, coarse_axes = fine.axes_of(dim), coarse.axes_of(dim)
-    if fine_axes[: len(coarse_axes)] != coarse_axes or _overlaps(fine, dim):
-        return False
     fine_pieces, coarse_pieces = fine.pieces(dim), coarse.pieces(dim)
+    if fine_axes[: len(coarse_axes)] != coarse_axes or any(
+        a[1] != b[0] for a, b in itertools.pairwise(fine_pieces)  # windows overlap or leave gaps
+    ):
+        return False
     joined = len(fine_pieces) // len(coarse_pieces)
     return all(
         (fine_pieces[i * joined][0], fine_pieces[(i + 1) * joined - 1][1]) == piece
@@ -165,13 +167,11 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
 def _before_partial(current: Layout, target: Layout, axes: tuple[int, ...]) -> Layout:
     """Return the target with the axes that will become addends still as pieces, or else as copies."""
     goal = _replace_axes(target, axes, Whole.EQUAL)
-    for axis in axes:
-        dim = current.placements[axis]
-        if isinstance(dim, int):
-            kept = _replace_axes(goal, (axis,), dim)
-            kept = Layout(kept.shape, kept.mesh, kept.placements,
-                          tuple(current.cuts[d] if d == dim else c for d, c in enumerate(kept.cuts)))  # fmt: skip
-            if _nests(kept, goal, dim) and _same_pieces(current, kept, dim):
+    for dim in range(len(target.shape)):
+        padded = tuple(a for a in axes if current.placements[a] == dim)
+        if padded and goal.axes_of(dim) + padded == current.axes_of(dim):
+            kept = _with_dim_of(goal, current, {dim})
+            if _nests(kept, goal, dim):
                 goal = kept
     return goal
 

@@ -22,20 +22,21 @@ class Roofline:
         flop_per_s: reached rate, by operator kind; ``""`` for kinds without an own rate.
         bandwidth_bytes_per_s: reached memory bandwidth.
         launch_s: per operator.
+        update_bytes_per_s: reached by the optimizer.
         measured: the rates were measured on the device, not read off a data sheet.
     """
 
     flop_per_s: Mapping[str, float] = field(hash=False)
     bandwidth_bytes_per_s: float
     launch_s: float
+    update_bytes_per_s: float
     measured: bool = False
 
     @staticmethod
     def of_data_sheet(peak_flop_per_s: float, bandwidth_bytes_per_s: float) -> "Roofline":
         """Return the roofline of an unmeasured accelerator."""
-        return Roofline(
-            {"": peak_flop_per_s * DATA_SHEET_EFFICIENCY}, bandwidth_bytes_per_s * DATA_SHEET_EFFICIENCY, LAUNCH_S
-        )
+        bandwidth = bandwidth_bytes_per_s * DATA_SHEET_EFFICIENCY
+        return Roofline({"": peak_flop_per_s * DATA_SHEET_EFFICIENCY}, bandwidth, LAUNCH_S, bandwidth)
 
     def seconds(self, kind: str, work: Work, dtype: DType) -> tuple[float, float]:
         """Return the forward and backward time of a layer on one device."""
@@ -48,4 +49,4 @@ class Roofline:
 
     def update_s(self, num_bytes: float) -> float:
         """Return the time of an optimizer step that moves these bytes of memory."""
-        return num_bytes / self.bandwidth_bytes_per_s
+        return num_bytes / self.update_bytes_per_s

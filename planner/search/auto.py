@@ -90,6 +90,10 @@ class Search:
         found = fixed_strategy(name, self.table, self._formulation)
         return self._planned(name, found.choice, Status.FEASIBLE, found.num_replaced)
 
+    def forced(self, choice: Choice) -> Planned:
+        """Return the plan of a given choice of splits."""
+        return self._planned("forced", choice, Status.FEASIBLE)
+
     def fits(self, planned: Planned) -> bool:
         """Return whether a plan obeys the memory limit."""
         return self._limit_bytes is None or planned.timeline.memory_bytes <= self._limit_bytes

@@ -1,0 +1,1 @@
+"""Timing layers, memory and links of this machine."""

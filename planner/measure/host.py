@@ -1,0 +1,202 @@
+"""This host as a machine: rates of its cores and links between its processes, measured.
+
+``measure_host`` runs on every rank of a local job at the same time, because ranks that compute at
+once share the memory's bandwidth. Results are kept in the user's cache folder, so that the same
+command gives the same plan again; delete the file (its place is logged) to measure anew.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import platformdirs
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from planner.devices.graph import DeviceGraph
+from planner.devices.library import bus_kinds, device_kinds, host_graph
+from planner.errors import UsageError
+from planner.ir.canonical import StrictModel, decode_file, write_atomically
+from planner.measure.clock import summarize, synchronize, time_call
+from planner.profile.roofline import Roofline
+from planner.profile.table import ProfileTable
+
+_log = logging.getLogger(__name__)
+
+MESSAGE_BYTES: Final = (4, 2**12, 2**16, 2**20, 2**23)
+"""Sizes of the all-reduces to which latency and bandwidth are fitted."""
+LAUNCH_ELEMENTS: Final = 64
+COPY_ELEMENTS: Final = 2**23
+"""32 MiB in fp32: larger than a core's share of the last-level cache."""
+MAX_LOCAL_RANKS: Final = 64
+
+
+class HostRates(StrictModel):
+    """What was measured of one rank of a local job.
+
+    Attributes:
+        conv_flop_per_s, linear_flop_per_s: reached by forward and backward of typical layers.
+        bandwidth_bytes_per_s: of element-wise operators, bytes read and written.
+        update_bytes_per_s: of an SGD-momentum step, bytes read and written.
+        launch_s: of an operator on a tiny tensor.
+        latency_s, link_bytes_per_s: of a message between two processes, fitted on all-reduces.
+        memory_bytes: of the host, per rank.
+    """
+
+    conv_flop_per_s: float
+    linear_flop_per_s: float
+    bandwidth_bytes_per_s: float
+    update_bytes_per_s: float
+    launch_s: float
+    latency_s: float
+    link_bytes_per_s: float
+    memory_bytes: int
+
+
+def parse_local(name: str) -> int:
+    """Return N of ``local-N``.
+
+    Raises:
+        UsageError: N is no number from 1 to 64.
+    """
+    text = name.removeprefix("local-")
+    if not text.isdigit() or not 1 <= int(text) <= MAX_LOCAL_RANKS:
+        raise UsageError(f"cluster {name!r}: local-N needs a number of processes from 1 to {MAX_LOCAL_RANKS}")
+    return int(text)
+
+
+def threads_per_rank(num_ranks: int) -> int:
+    """Return how many threads each of N processes of this host computes with."""
+    return max(len(os.sched_getaffinity(0)) // num_ranks, 1)
+
+
+def local_machine(num_ranks: int, measure: Callable[[int], HostRates]) -> tuple[DeviceGraph, ProfileTable]:
+    """Return this host with N processes, from the cache or measured now.
+
+    Args:
+        num_ranks: processes.
+        measure: starts them and returns what ``measure_host`` found.
+    """
+    path = cache_path(num_ranks)
+    if path.exists():
+        rates = decode_file(HostRates, path, f"host measurements {path}")
+    else:
+        _log.warning("measuring this host with %d processes, a few seconds; kept in %s", num_ranks, path)
+        rates = measure(num_ranks)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, rates.model_dump_json(indent=2) + "\n")
+    return machine_from(rates, num_ranks)
+
+
+def machine_from(rates: HostRates, num_ranks: int) -> tuple[DeviceGraph, ProfileTable]:
+    """Return the device graph and profile of these measurements."""
+    device = device_kinds()["cpu"].model_copy(update={
+        "memory_bytes": rates.memory_bytes,
+        "peak_flop_per_s": {"fp32": max(rates.conv_flop_per_s, rates.linear_flop_per_s)},
+        "memory_bandwidth_bytes_per_s": rates.bandwidth_bytes_per_s,
+    })  # fmt: skip
+    bus = bus_kinds()["shm"].model_copy(
+        update={"latency_s": rates.latency_s / 2, "bandwidth_bytes_per_s": rates.link_bytes_per_s}
+    )  # a route crosses two links: process to host, host to process
+    roofline = Roofline(
+        {"conv": rates.conv_flop_per_s, "linear": rates.linear_flop_per_s, "": rates.linear_flop_per_s},
+        rates.bandwidth_bytes_per_s, rates.launch_s, rates.update_bytes_per_s, measured=True,
+    )  # fmt: skip
+    return host_graph(num_ranks, device, bus), ProfileTable(f"{platform.processor() or 'cpu'} (measured)", roofline)
+
+
+def cache_path(num_ranks: int) -> Path:
+    """Return where the measurements of N processes of this host are kept."""
+    facts = [platform.node(), platform.machine(), _cpu_name(), torch.__version__, str(threads_per_rank(num_ranks))]
+    key = hashlib.sha256("|".join(facts).encode()).hexdigest()[:12]
+    return Path(platformdirs.user_cache_dir("layerwise")) / f"host-{key}-{num_ranks}.json"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def measure_host(num_ranks: int) -> HostRates:
+    """Measure this rank while the others do the same; every rank of the job must call it."""
+    device = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    bandwidth = _bandwidth(device)
+    latency_s, link = _links(num_ranks) if num_ranks > 1 else (0.0, bandwidth)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return HostRates(
+        conv_flop_per_s=_conv_rate(generator, device),
+        linear_flop_per_s=_linear_rate(generator, device),
+        bandwidth_bytes_per_s=bandwidth,
+        update_bytes_per_s=_update_rate(device),
+        launch_s=time_call(lambda: functional.relu(torch.ones(LAUNCH_ELEMENTS)), device).median_s,
+        latency_s=max(latency_s, 1e-7),
+        link_bytes_per_s=link,
+        memory_bytes=total // num_ranks,
+    )
+
+
+def median_rates(found: list[HostRates]) -> HostRates:
+    """Return the median over the ranks of every figure."""
+    merged = {name: float(np.median([getattr(r, name) for r in found])) for name in HostRates.model_fields}
+    return HostRates(**{**merged, "memory_bytes": int(merged["memory_bytes"])})  # type: ignore[arg-type]  # floats but one
+
+
+def _trained_rate(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, flop: int, device: torch.device) -> float:
+    def step() -> None:
+        call(x).sum().backward()
+
+    return 3 * flop / time_call(step, device).median_s
+
+
+def _conv_rate(generator: torch.Generator, device: torch.device) -> float:
+    x = torch.randn(8, 64, 28, 28, generator=generator, requires_grad=True)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    return _trained_rate(conv, x, 2 * 8 * 64 * 28 * 28 * 64 * 9, device)
+
+
+def _linear_rate(generator: torch.Generator, device: torch.device) -> float:
+    x = torch.randn(128, 1024, generator=generator, requires_grad=True)
+    return _trained_rate(nn.Linear(1024, 1024), x, 2 * 128 * 1024 * 1024, device)
+
+
+def _bandwidth(device: torch.device) -> float:
+    x, y = torch.ones(COPY_ELEMENTS), torch.empty(COPY_ELEMENTS)
+    return 2 * x.nbytes / time_call(lambda: torch.add(x, 1.0, out=y), device).median_s
+
+
+def _update_rate(device: torch.device) -> float:
+    parameter = nn.Parameter(torch.ones(COPY_ELEMENTS))
+    parameter.grad = torch.ones(COPY_ELEMENTS)
+    optimizer = torch.optim.SGD([parameter], 1e-3, momentum=0.9)
+    return 5 * parameter.nbytes / time_call(optimizer.step, device).median_s
+
+
+def _links(num_ranks: int) -> tuple[float, float]:
+    """Return latency and bandwidth of a ring's links, fitted by least squares on all-reduces."""
+    rows, seconds = [], []
+    for num_bytes in MESSAGE_BYTES:
+        buffer = torch.zeros(max(num_bytes // 4, 1))
+        samples = []
+        for _ in range(12):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(buffer)
+            synchronize(buffer.device)
+            samples.append(time.perf_counter() - start)
+        median_s = summarize(samples[2:]).median_s
+        rows.append([2 * (num_ranks - 1) / median_s, 2 * (num_ranks - 1) / num_ranks * num_bytes / median_s])
+        seconds.append(1.0)  # relative residuals: small messages count as much as large ones
+    (latency_s, seconds_per_byte), *_ = np.linalg.lstsq(np.array(rows), np.array(seconds), rcond=None)
+    return float(latency_s), 1.0 / max(float(seconds_per_byte), 1e-12)

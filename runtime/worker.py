@@ -1,0 +1,77 @@
+"""Entry point of the processes that ``run_local`` starts: ``python -m runtime.worker FOLDER``.
+
+Reads ``call.json`` of the folder and writes ``RANK.json``: ``{"result": ...}``, or
+``{"failed_at_s": ...}`` and, for one of our own errors, its class and message.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import pkgutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+from planner import errors
+from planner.errors import LayerwiseError
+from runtime.launch import PARENT, JsonValue, initialize
+
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Run this rank's call; leaves with a non-zero code when it fails."""
+    _die_with_parent(int(os.environ[PARENT]))
+    faulthandler.register(signal.SIGTERM, chain=True)  # a rank that is stopped shows where it was
+    folder = Path(sys.argv[1])
+    outcome = folder / f"{os.environ['RANK']}.json"
+    try:
+        outcome.write_text(json.dumps({"result": _call(folder / "call.json")}), encoding="utf-8")
+    except (Exception, SystemExit) as error:  # a rank returns, it does not leave
+        failed_at_s = time.monotonic()
+        traceback.print_exc()
+        outcome.write_text(
+            json.dumps({"failed_at_s": failed_at_s} | _named(error)), encoding="utf-8"
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(
+            getattr(error, "exit_code", 1)
+        )  # threads of a broken group could hold up an orderly exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _call(file: Path) -> JsonValue:
+    call = json.loads(file.read_text(encoding="utf-8"))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    process = initialize(timeout_s=call["timeout_s"])
+    result: JsonValue = pkgutil.resolve_name(call["function"])(call["argument"], process)
+    return result
+
+
+def _named(error: BaseException) -> dict[str, str]:
+    """Return message and nearest class in ``planner.errors`` of our own errors."""
+    if not isinstance(error, LayerwiseError):
+        return {}
+    name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+    return {"error": name, "message": str(error)}
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

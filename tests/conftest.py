@@ -1,0 +1,54 @@
+"""What the markers need: a test without it is skipped with the reason.
+
+``REQUIRE=dist,netns`` in the environment turns the skips of these markers into failures.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+
+import pytest
+
+from planner.errors import LayerwiseError
+
+
+def _dist_lacks() -> str | None:
+    import torch.distributed as dist
+
+    built = dist.is_available() and dist.is_gloo_available()
+    return None if built else "this torch is built without gloo"
+
+
+def _cuda_devices_lack(num_devices: int) -> str | None:
+    import torch
+
+    found = torch.cuda.device_count()
+    return None if found >= num_devices else f"needs {num_devices} CUDA devices, found {found}"
+
+
+def _netns_lacks() -> str | None:
+    from runtime.namespaces import two_hosts
+
+    try:
+        with two_hosts(1e9):
+            return None
+    except LayerwiseError as error:
+        return str(error)
+
+
+_LACKS: dict[str, Callable[[], str | None]] = {
+    "dist": functools.cache(_dist_lacks),
+    "gpu": functools.cache(lambda: _cuda_devices_lack(1)),
+    "multigpu": functools.cache(lambda: _cuda_devices_lack(2)),
+    "netns": functools.cache(_netns_lacks),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = os.environ.get("REQUIRE", "").split(",")
+    for marker, lacks in _LACKS.items():
+        if item.get_closest_marker(marker) is None or (reason := lacks()) is None:
+            continue
+        if marker in required:
+            pytest.fail(f"REQUIRE={marker}: {reason}", pytrace=False)
+        pytest.skip(f"{marker}: {reason}")

@@ -1,0 +1,155 @@
+import _thread
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from planner.errors import RunError, UnknownNameError, UsageError
+from runtime.launch import initialize, run_local
+
+RESTARTED = """
+import os, sys, torch, torch.distributed as dist
+from runtime.launch import initialize
+process = initialize(timeout_s=20)
+dist.all_reduce(total := torch.ones(1))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
+    sys.exit(1)
+print(f"total {total.item()} of rank {process.rank}", flush=True)
+"""
+PARENT = "import sys; from runtime.launch import run_local; "
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return condition()
+
+
+def have_started(folder: Path, num_ranks: int) -> bool:
+    return len(list(folder.glob("*.pids"))) == num_ranks
+
+
+def pids_in(folder: Path) -> list[list[int]]:
+    return [[int(pid) for pid in file.read_text().split()] for file in folder.glob("*.pids")]
+
+
+def test_an_environment_without_a_group_is_a_usage_error_that_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"):
+        initialize()
+    with pytest.raises(UsageError, match="at least one"):
+        run_local("support.ranks:describe", None, num_ranks=0, timeout_s=1)
+
+
+@pytest.mark.dist
+def test_results_come_back_in_rank_order() -> None:
+    argument = {"x": [1, 2.5, None]}
+    results = run_local(
+        "support.ranks:describe", argument, num_ranks=3, timeout_s=60, threads_per_rank=2
+    )
+    assert results == [
+        {"argument": argument, "place": [r, 3, r], "same": True, "num_threads": 2, "sum": 6.0}
+        for r in range(3)
+    ]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("exception", "rank 1 exited with code 1;.*rank 1 was here.*ValueError: boom$"),
+        ("sigkill", "rank 1 was killed by SIGKILL.*rank 1 was here$"),
+        ("silence", "rank 1 exited with code 1;.*rank 1 was here.*SystemExit: 0$"),
+    ],
+)
+def test_the_rank_that_failed_is_blamed_not_those_that_waited_for_it(
+    kind: str, message: str
+) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(RunError, match=f"(?s){message}"):
+        run_local("support.ranks:fail", kind, num_ranks=2, timeout_s=60)
+    assert time.monotonic() - start_s < 20  # the start takes most of it
+
+
+@pytest.mark.dist
+def test_an_error_of_ours_keeps_its_class_and_exit_code() -> None:
+    with pytest.raises(UnknownNameError, match="^rank 1: unknown layer 'conv9'") as raised:
+        run_local("support.ranks:fail", "our own", num_ranks=2, timeout_s=60)
+    assert raised.value.exit_code == UnknownNameError.exit_code
+
+
+@pytest.mark.dist
+def test_a_timeout_shows_where_each_rank_was() -> None:
+    where = r"(?s)rank 0 was not done.*in all_reduce.*rank 1 was not done.*in fail"
+    with pytest.raises(RunError, match=where):
+        run_local("support.ranks:fail", "hang", num_ranks=2, timeout_s=10)
+
+
+@pytest.mark.dist
+def test_ctrl_c_leaves_neither_ranks_nor_their_children(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        comes_true(lambda: have_started(tmp_path, 2), 60)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_local("support.ranks:stay", str(tmp_path), num_ranks=2, timeout_s=90)
+    thread.join()
+    pids = [pid for pids in pids_in(tmp_path) for pid in pids]
+    assert len(pids) == 4
+    assert comes_true(lambda: not any(map(is_alive, pids)), 1)
+
+
+@pytest.mark.dist
+def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    call = f"run_local('support.ranks:stay', {str(tmp_path)!r}, num_ranks=2, timeout_s=90)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", PARENT + call], env=environment) as parent:
+        started = comes_true(lambda: have_started(tmp_path, 2), 60)
+        parent.kill()
+    assert started
+    ranks, children = zip(*pids_in(tmp_path), strict=True)
+    assert comes_true(lambda: not any(map(is_alive, ranks)), 2)
+    subprocess.run(["kill", *map(str, children)], check=True)  # the kernel ends ranks only
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_restarts_of_torchrun_form_the_group_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.2"]
+    done = subprocess.run(
+        [*torchrun, *options, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"total 2.0 of rank {r}" for r in range(2)]
