@@ -1,32 +1,34 @@
 """The whole way in a few functions: trace, price, search, plan; and the comparison of strategies."""
 
 import logging
-import statistics
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
 
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
+from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import cluster as find_cluster
 from planner.devices.library import equal_devices
 from planner.errors import LayerwiseError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
+from planner.frontend.source import load_model
 from planner.ir.mesh import Mesh
 from planner.ir.rules import InputOutput
 from planner.ir.split import Dimension
 from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_plan
+from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan
 from planner.profile.roofline import Roofline
-from planner.profile.table import Measurement, ProfileTable
+from planner.profile.table import ProfileTable
 from planner.search.auto import SOLVERS, Planned, Search
 from planner.search.fixed import FIXED
 from planner.search.problem import Limits
@@ -91,7 +93,9 @@ class Origin:
 
 
 def machine_of(
-    cluster: str | Path | DeviceGraph | None = None, devices: int | None = None, precision: str = "fp32"
+    cluster: str | Path | DeviceGraph | None = None,
+    devices: int | None = None,
+    precision: str = "fp32",
 ) -> Machine:
     """Return a machine: exactly one of a cluster (name, path or graph; ``local-N`` is this host) and a number.
 
@@ -136,6 +140,7 @@ def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner
     As many processes as the machine has devices time the same layers at once on this host.
     """
     from planner.measure.host import threads_per_rank
+    from planner.measure.layers import median_over_ranks
     from runtime.launch import run_local
 
     machine, count = planner.machine, len(planner.machine.graph.devices)
@@ -145,10 +150,7 @@ def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner
         "runtime.measuring:layer_times", {"keys": keys}, num_ranks=count, timeout_s=MEASURE_TIMEOUT_S,
         threads_per_rank=threads_per_rank(count), hosts=hosts,
     )  # fmt: skip
-    layers = {
-        key: Measurement(*(statistics.median(rank[key][i] for rank in found) for i in range(3)), int(found[0][key][3]))  # type: ignore[index,call-overload,arg-type,misc]  # JSON of layer_times
-        for key in keys if key in found[0]  # type: ignore[operator]
-    }  # fmt: skip
+    layers = median_over_ranks(cast("list[dict[str, list[float]]]", found))
     _log.info("profile: %d layers timed in %.1f s", len(layers), time.perf_counter() - start)
     profile = replace(machine.profile, layers=layers)
     return replace(planner, machine=Machine(machine.graph, profile))
@@ -260,7 +262,11 @@ class Planner:
             for layer in self.traced.layers.layers if layer.op.kind == "input"
         ]  # fmt: skip
         request = Request(
-            self.origin.source, self.origin.arguments, inputs, options.memory_limit_bytes, self.origin.command
+            self.origin.source,
+            self.origin.arguments,
+            inputs,
+            options.memory_limit_bytes,
+            self.origin.command,
         )
         return build_plan(search.table, _found(planned), [_found(b) for b in self.baselines()], request)
 
@@ -280,7 +286,11 @@ def _found(planned: Planned) -> Found:
 
 
 def prepare(
-    model: nn.Module, example_inputs: Sequence[torch.Tensor], machine: Machine, options: Options, origin: Origin
+    model: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    machine: Machine,
+    options: Options,
+    origin: Origin,
 ) -> Planner:
     """Trace a model for a machine.
 
@@ -381,7 +391,34 @@ def compare_with(planner: Planner) -> Comparison:
     return Comparison(planner, (*rows, planned), (*fits, True))
 
 
-def example_inputs(shapes: Sequence[Sequence[int]], batch: int, dtype: DType = DType.FLOAT32) -> tuple[torch.Tensor, ...]:
+def reprice(plan: Plan, machine: Machine) -> Timeline:
+    """Return the predicted step of a plan on another machine with as many devices.
+
+    The model is built from the source that the plan names (code of the user's, if it is no shipped one).
+
+    Raises:
+        UsageError: the machine has another number of devices, or the source cannot be loaded.
+        MismatchError: the source gives another model than the plan's.
+    """
+    if len(machine.graph.devices) < plan.mesh.size:
+        raise UsageError(
+            f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
+        )
+    loaded = load_model(plan.model.source, dict(plan.model.arguments))
+    inputs = [torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in plan.model.inputs]
+    options = Options(
+        precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
+        dimensions=frozenset(Dimension),
+    )  # fmt: skip
+    planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name))
+    refuse_other_model(plan, planner.traced.layers)
+    table = planner.table(plan.mesh)
+    return simulate(table, table.choice(plan.strategy), plan.bucket_bytes)
+
+
+def example_inputs(
+    shapes: Sequence[Sequence[int]], batch: int, dtype: DType = DType.FLOAT32
+) -> tuple[torch.Tensor, ...]:
     """Return meta tensors of these shapes (without batch) for a global batch.
 
     Raises:
@@ -394,5 +431,5 @@ def example_inputs(shapes: Sequence[Sequence[int]], batch: int, dtype: DType = D
 
 __all__ = [
     "Comparison", "Machine", "NoPlanError", "Options", "Origin", "Plan", "Planner", "compare", "compare_with",
-    "data_sheet_profile", "example_inputs", "machine_of", "plan_model", "prepare",
+    "data_sheet_profile", "example_inputs", "machine_of", "plan_model", "prepare", "reprice",
 ]  # fmt: skip

@@ -66,11 +66,14 @@ def format_bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def format_seconds(value: float) -> str:
-    """Return seconds as text with a prefix, three significant digits."""
+def format_seconds(value: float, digits: int = 3) -> str:
+    """Return seconds as text with a prefix and so many significant digits."""
+    if value == 0:
+        return "0 s"
     if abs(value) >= 1:
-        return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
-    return f"{value * 1e3:.3g} ms" if abs(value) >= 1e-3 or value == 0 else f"{value * 1e6:.3g} µs"
+        return f"{value:.{digits}g} s" if abs(value) < 10**digits else f"{value:.0f} s"
+    scaled, unit = (value * 1e3, "ms") if abs(value) >= 1e-3 else (value * 1e6, "µs")
+    return f"{scaled:.{digits}g} {unit}"
 
 
 def format_count(value: float) -> str:

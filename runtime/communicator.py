@@ -58,7 +58,11 @@ class Communicator(Protocol):
         ...
 
     def exchange(
-        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
     ) -> torch.Tensor:
         """Send consecutive parts of the buffer to the members; return theirs for this rank."""
         ...
@@ -88,8 +92,7 @@ class TorchCommunicator:
         dist.all_reduce(buffer, group=self._groups.blocking(axes))
 
     def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
-        work = dist.all_reduce(buffer, group=self._groups.overlapped(axes), async_op=True)
-        assert work is not None
+        work: Pending = dist.all_reduce(buffer, group=self._groups.overlapped(axes), async_op=True)
         return work
 
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
@@ -113,11 +116,19 @@ class TorchCommunicator:
         return parts.view(len(counts), own).sum(0)
 
     def exchange(
-        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
     ) -> torch.Tensor:
         result = buffer.new_empty(sum(receive_counts))
         dist.all_to_all_single(
-            result, buffer, list(receive_counts), list(send_counts), group=self._groups.blocking(axes)
+            result,
+            buffer,
+            list(receive_counts),
+            list(send_counts),
+            group=self._groups.blocking(axes),
         )
         return result
 
@@ -202,10 +213,15 @@ class ThreadCommunicator:
     def reduce_scatter(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         index = members_of(self.mesh, self.position, axes).index(self.position)
         found = torch.stack(self._tensors(buffer, axes)).sum(0)
-        return found.split(list(counts))[index].clone()
+        part: torch.Tensor = found.split(list(counts))[index].clone()
+        return part
 
     def exchange(
-        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
     ) -> torch.Tensor:
         index = members_of(self.mesh, self.position, axes).index(self.position)
         everyone = self._meet(buffer.clone().split(list(send_counts)), axes)

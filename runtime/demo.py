@@ -65,7 +65,7 @@ class _Run:
         start = time.perf_counter()
         self._optimizer.zero_grad()
         loss = functional.cross_entropy(self.net(x), target)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+        loss.backward()
         self._optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -40,7 +40,7 @@ def _guarded(run: Run, step: Step, communicator: Communicator, name: str) -> Run
     return guarded
 
 
-def _compile(step: Step, communicator: Communicator) -> Run:
+def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  # a table of kinds
     position, mesh = communicator.position, communicator.mesh
     source, target = step.source.region(position), step.target.region(position)
     match step.kind:

@@ -48,5 +48,6 @@ class ProcessGroups:
 
 def _create(mesh: Mesh, axes: Axes, timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
     enumeration = [[mesh.ranks[p] for p in group] for group in mesh.groups(axes)]
+    group: dist.ProcessGroup
     group, _ = dist.new_subgroups_by_enumeration(enumeration, timeout=timeout, backend=backend)
     return group

@@ -23,16 +23,12 @@ from planner import errors
 from planner.errors import LayerwiseError, RunError, UsageError
 from runtime.namespaces import Hosts
 
-JsonValue: TypeAlias = (
-    "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
-)
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
 FILE_STORE: Final = "LAYERWISE_FILE_STORE"  # environment variables between run_local and its ranks
 PARENT: Final = "LAYERWISE_PARENT"
 _POLL_S: Final = 0.02
-_SETTLE_S: Final = (
-    0.1  # after the first failure: time for its cause to show up, when that is another rank
-)
+_SETTLE_S: Final = 0.1  # after the first failure: time for its cause to show up, when that is another rank
 _TERMINATE_S: Final = 1.0
 _NUM_LINES: Final = 12  # of a failed rank's output in the message
 
@@ -84,15 +80,13 @@ def _join_group(process: Process, timeout: timedelta) -> None:
         store.set_timeout(timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store,
+            store=PrefixStore(f"attempt-{attempt}", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
         )
     except RuntimeError as error:  # torch's own errors of stores and backends are RuntimeErrors
-        raise RunError(
-            f"rank {rank} of {world_size} could not join the process group: {error}"
-        ) from error
+        raise RunError(f"rank {rank} of {world_size} could not join the process group: {error}") from error
 
 
 def _place() -> tuple[int, int]:
@@ -177,9 +171,7 @@ def _place_on(hosts: Hosts | None, rank: int, num_ranks: int) -> tuple[list[str]
     return hosts.command_prefix(index), hosts.interface(index)
 
 
-def _environment(
-    folder: Path, rank: int, num_ranks: int, num_threads: int, interface: str
-) -> dict[str, str]:
+def _environment(folder: Path, rank: int, num_ranks: int, num_threads: int, interface: str) -> dict[str, str]:
     place = {
         "RANK": rank,
         "WORLD_SIZE": num_ranks,
@@ -200,9 +192,7 @@ def _environment(
 class _Rank:
     """A process of :func:`run_local` and the files that it leaves: its outcome and its output."""
 
-    def __init__(
-        self, rank: int, folder: Path, prefix: list[str], environment: dict[str, str]
-    ) -> None:
+    def __init__(self, rank: int, folder: Path, prefix: list[str], environment: dict[str, str]) -> None:
         self.rank = rank
         self._outcome = folder / f"{rank}.json"
         self._output = folder / f"{rank}.log"
@@ -221,9 +211,7 @@ class _Rank:
         return self.process.poll() is None
 
     def has_failed(self) -> bool:
-        return not self.is_running() and (
-            self.process.returncode != 0 or not self._outcome.exists()
-        )
+        return not self.is_running() and (self.process.returncode != 0 or not self._outcome.exists())
 
     def failed_at_s(self) -> float:
         """Return when it failed by the machine's monotonic clock; 0 if it died without a word."""

@@ -12,7 +12,7 @@ from torch import fx, nn
 from planner.frontend.lower import TracedModel
 from planner.frontend.recognize import function_name, is_in_place, tensor_inputs
 from planner.ir import ops as ir
-from planner.ir.graph import Absorbed, Layer
+from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
 from planner.ir.rules import InputOutput, LayerLayouts, layouts, reduced_axes
 from planner.ir.split import LayerId
@@ -20,7 +20,17 @@ from planner.ir.transfer import steps
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, group_size
 from runtime.exchange import Conversion
-from runtime.ops import BatchNorm, Dropout, LocalLoss, Product, Redistribution, StepState, shard_key
+from runtime.ops import (
+    BatchNorm,
+    Dropout,
+    LocalLoss,
+    Product,
+    Redistribution,
+    StepState,
+    WholeNorm,
+    WholeProduct,
+    shard_key,
+)
 from runtime.params import local_parameter, local_piece
 
 _OUT_OF_PLACE = {
@@ -107,7 +117,7 @@ class Lowering:
             main = self._operator(layer, main, layer.op, is_main=True)
         last = main
         for part, node in zip(layer.absorbed, absorbed, strict=True):
-            last = self._operator(layer, node, part.op, is_main=False, part=part)
+            last = self._operator(layer, node, part.op, is_main=False)
         self._values[layer.id] = last
 
     def _connect(self, layer: Layer, node: fx.Node) -> None:
@@ -132,7 +142,10 @@ class Lowering:
         samples = bool(producer.output.shape) and producer.output.shape[0] == graph.batch
         conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples, is_input, is_output)
         factor = _of_input if is_input else (self._output_factor(samples) if is_output else None)
-        name = self._add(f"transfers.{_plain(layer.id)}_{position}", Redistribution(conversion, self._state, factor))
+        name = self._add(
+            f"transfers.{_plain(layer.id)}_{position}",
+            Redistribution(conversion, self._state, factor),
+        )
         after = self._last_use_before(value)
         with self._graph.inserting_after(after):
             node = self._graph.call_module(name, (value,))
@@ -143,12 +156,12 @@ class Lowering:
         return value if value.op != "placeholder" else list(self._graph.find_nodes(op="placeholder"))[-1]
 
     def _output_factor(self, samples: bool) -> Any:
-        return _of_own_samples if samples and self._plan.io == InputOutput.PER_RANK else _of_whole
+        return _of_own_samples if samples and self._plan.input_output is InputOutput.PER_RANK else _of_whole
 
     def _replace_outputs(self, converted: list[fx.Node]) -> None:
         (output,) = self._graph.find_nodes(op="output")
         found: Iterator[fx.Node] = iter(converted)
-        output.args = fx.node.map_arg(output.args, lambda n: next(found))
+        output.args = fx.node.map_arg(output.args, lambda _: next(found))
 
     def _add(self, name: str, module: nn.Module) -> str:
         self._modules[name] = module
@@ -156,23 +169,25 @@ class Lowering:
 
     # ---- operators
 
-    def _operator(self, layer: Layer, node: fx.Node, op: ir.Op, *, is_main: bool, part: Absorbed | None = None) -> fx.Node:  # fmt: skip  # noqa: PLR0913  # one operator of a layer
+    def _operator(self, layer: Layer, node: fx.Node, op: ir.Op, *, is_main: bool) -> fx.Node:
         """Replace an operator by its version for this rank; return the node with its result."""
         name = str(node.target)
         original = self._model.get_submodule(name) if node.op == "call_module" else None
-        where = part.id if part is not None else layer.id
         match op:
             case ir.Conv() | ir.Linear():
-                assert original is not None
+                assert isinstance(original, WholeProduct)
                 self._add(name, self._product(layer, name, original))
             case ir.BatchNorm():
-                assert original is not None
+                assert isinstance(original, WholeNorm)
                 self._add(name, self._batch_norm(layer, name, original))
             case ir.Dropout():
-                return self._dropout(layer, node, op, where)
+                return self._dropout(layer, node, op)
             case ir.Flatten():
                 return self._swap_call(node, torch.flatten, 1)
-            case ir.Elementwise("identity") if node.op == "call_method" and name in {"view", "reshape"}:
+            case ir.Elementwise("identity") if node.op == "call_method" and name in {
+                "view",
+                "reshape",
+            }:
                 return self._swap_call(node, torch.Tensor.view_as, tensor_inputs(node)[0])
             case ir.Loss():
                 return self._loss(layer, node, op, original)
@@ -190,9 +205,8 @@ class Lowering:
                 module.inplace = False  # type: ignore[assignment]  # the attribute of element-wise modules
             self._add(str(node.target), module)
         elif in_place:
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)  # type: ignore[arg-type]  # operators and others
-            if isinstance(node.target, str):
-                node.target = node.target.rstrip("_")
+            target = node.target
+            node.target = target.rstrip("_") if isinstance(target, str) else _OUT_OF_PLACE.get(target, target)
             if "inplace" in node.kwargs:
                 node.kwargs = {**node.kwargs, "inplace": False}
             if function_name(node) == "relu_":
@@ -209,11 +223,10 @@ class Lowering:
         self._graph.erase_node(node)
         return new
 
-    def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout, where: str) -> fx.Node:
+    def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout) -> fx.Node:
         axes = tuple(i for i, p in enumerate(self._layouts[layer.id].output.placements) if isinstance(p, int))
-        key = shard_key(where, self._mesh, self._state.communicator.position, axes)
-        path = str(node.target) if node.op == "call_module" else f"dropouts.{_plain(node.name)}"
-        name = self._add(path, Dropout(op.probability, op.whole_channels, key, self._state))
+        key = shard_key(node.name, self._mesh, self._state.communicator.position, axes)
+        name = self._add(f"dropouts.{_plain(node.name)}", Dropout(op.probability, op.whole_channels, key, self._state))
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, (tensor_inputs(node)[0],))
         return self._take_over(node, new)
@@ -226,7 +239,10 @@ class Lowering:
         resolve = Redistribution(Conversion(mine.computed, mine.output, layer.id, False), self._state)
         call = original if original is not None else node.target
         assert callable(call)
-        name = self._add(f"losses.{_plain(layer.id)}", LocalLoss(call, op.reduction == "mean", resolve, self._state))
+        name = self._add(
+            f"losses.{_plain(layer.id)}",
+            LocalLoss(call, op.reduction == "mean", resolve, self._state),
+        )
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, node.args, node.kwargs)
         return self._take_over(node, new)
@@ -261,12 +277,12 @@ class Lowering:
             self._synchronised[id(piece)] = (name, piece, axes)
         return piece, group_size(self._mesh, axes) / self._state.gradient_scale
 
-    def _product(self, layer: Layer, name: str, original: nn.Module) -> nn.Module:
+    def _product(self, layer: Layer, name: str, original: WholeProduct) -> nn.Module:
         mine = self._layouts[layer.id]
-        weight, factor = self._local(layer, f"{name}.weight", original.weight)  # type: ignore[arg-type]  # of a product
+        weight, factor = self._local(layer, f"{name}.weight", original.weight)
         bias, bias_factor = None, 1.0
         if original.bias is not None:
-            bias, bias_factor = self._local(layer, f"{name}.bias", original.bias)  # type: ignore[arg-type]
+            bias, bias_factor = self._local(layer, f"{name}.bias", original.bias)
         groups = 1
         if isinstance(layer.op, ir.Conv) and layer.op.groups > 1:
             groups = layer.op.groups * weight.shape[0] // layer.op.out_channels
@@ -280,11 +296,14 @@ class Lowering:
         assert isinstance(weight, nn.Parameter)
         return Product(original, weight, bias, groups, resolve, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter as well
 
-    def _batch_norm(self, layer: Layer, name: str, original: nn.Module) -> nn.Module:
+    def _batch_norm(self, layer: Layer, name: str, original: WholeNorm) -> nn.Module:
         axes = reduced_axes(self._strategy[layer.id]) if self._plan.sync_batch_norm else ()
         tensors: dict[str, torch.Tensor] = {}
         factor = 1.0
-        for own, tensor in [*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)]:
+        for own, tensor in [
+            *original.named_parameters(recurse=False),
+            *original.named_buffers(recurse=False),
+        ]:
             tensors[own], this = self._local(layer, f"{name}.{own}", tensor)
             factor = this if isinstance(tensor, nn.Parameter) else factor
         if not axes and factor == 1.0 and tensors["weight"] is original.weight:
@@ -308,4 +327,3 @@ def _of_own_samples(state: StepState) -> float:
     """Return rank r's share n_r / N of the mean over the batch, times the scale of all gradients."""
     batch = state.current_batch()
     return state.rank_samples / batch.size * state.gradient_scale
-

@@ -135,9 +135,7 @@ def _namespaces() -> list[str]:
 
 
 def _remove(names: Iterable[str]) -> None:
-    for (
-        name
-    ) in names:  # one that is gone already is no error: two processes may remove the same leftovers
+    for name in names:  # one that is gone already is no error: two processes may remove the same leftovers
         subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, check=False)
 
 

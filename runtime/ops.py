@@ -19,6 +19,9 @@ from planner.ir.mesh import Mesh
 from runtime.communicator import Axes, Communicator, group_size
 from runtime.exchange import Batch, Conversion, Convert, ScaleGradient
 
+WholeProduct = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+WholeNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
 
 @dataclass
 class StepState:
@@ -60,7 +63,10 @@ class Redistribution(nn.Module):
     """
 
     def __init__(
-        self, conversion: Conversion, state: StepState, gradient_factor: Callable[[StepState], float] | None = None
+        self,
+        conversion: Conversion,
+        state: StepState,
+        gradient_factor: Callable[[StepState], float] | None = None,
     ) -> None:
         super().__init__()
         self._conversion, self._state, self._factor = conversion, state, gradient_factor
@@ -80,6 +86,8 @@ class Redistribution(nn.Module):
 class Product(nn.Module):
     """A convolution or linear layer on local parameters.
 
+    ``weight`` and ``bias`` carry the names of the module that it replaces.
+
     Args:
         original: the whole module, for its attributes.
         weight, bias: local pieces.
@@ -89,9 +97,11 @@ class Product(nn.Module):
         gradient_factors: by which the gradients of weight and bias are multiplied.
     """
 
-    def __init__(  # noqa: PLR0913  # what a product is made of
+    bias: nn.Parameter | None
+
+    def __init__(  # what a product is made of
         self,
-        original: nn.Module,
+        original: WholeProduct,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         groups: int,
@@ -104,16 +114,15 @@ class Product(nn.Module):
         self.resolve = resolve
         self._factors = gradient_factors
         self._call = _product(original, groups)
+        self._spatial = weight.dim() - 2
         self._description = f"{type(original).__name__}, local weight {tuple(weight.shape)}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = _scaled(self.weight, self._factors[0]), _scaled(self.bias, self._factors[1])
         if self.resolve is None:
             return self._call(x, weight, bias)
-        y = self.resolve(self._call(x, weight, None))
-        if bias is None:
-            return y
-        return y + (bias.view(-1, *[1] * (y.dim() - 2)) if y.dim() > 2 and self._description.startswith("Conv") else bias)
+        y: torch.Tensor = self.resolve(self._call(x, weight, None))
+        return y if bias is None else y + bias.view(-1, *[1] * self._spatial)
 
     def extra_repr(self) -> str:
         return self._description
@@ -123,13 +132,13 @@ def _scaled(parameter: torch.Tensor | None, factor: float) -> Any:
     return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, factor)
 
 
-def _product(original: nn.Module, groups: int) -> Callable[..., torch.Tensor]:
+def _product(original: WholeProduct, groups: int) -> Callable[..., torch.Tensor]:
     if isinstance(original, nn.Linear):
         return functional.linear
-    convolve = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
-    function = next(f for kind, f in convolve.items() if isinstance(original, kind))
+    spatial = original.weight.dim() - 2
+    function: Callable[..., torch.Tensor] = [functional.conv1d, functional.conv2d, functional.conv3d][spatial - 1]
     stride, padding, dilation = original.stride, original.padding, original.dilation
-    return lambda x, w, b: function(x, w, b, stride, padding, dilation, groups)  # type: ignore[arg-type]  # attributes of a convolution
+    return lambda x, w, b: function(x, w, b, stride, padding, dilation, groups)
 
 
 class BatchNorm(nn.Module):
@@ -143,12 +152,19 @@ class BatchNorm(nn.Module):
         gradient_factor: by which the gradients of weight and bias are multiplied.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
 
     def __init__(
-        self, original: nn.Module, tensors: dict[str, torch.Tensor], axes: Axes, state: StepState, gradient_factor: float
+        self,
+        original: WholeNorm,
+        tensors: dict[str, torch.Tensor],
+        axes: Axes,
+        state: StepState,
+        gradient_factor: float,
     ) -> None:
         super().__init__()
         self.register_parameter("weight", tensors["weight"])  # type: ignore[arg-type]  # a parameter
@@ -163,10 +179,13 @@ class BatchNorm(nn.Module):
         if not self.training:
             return functional.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else float(self.momentum)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         if not self._axes:
             return functional.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps)
-        y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, self.eps, self._axes, self._state.communicator)
+        y: torch.Tensor
+        y, mean, variance, count = _GlobalBatchNorm.apply(
+            x, weight, bias, self.eps, self._axes, self._state.communicator
+        )
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -181,7 +200,15 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """Statistics by one all-gather of (mean, squared deviations, count), joined as in [Chan79]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, axes: Axes, communicator: Communicator) -> Any:  # noqa: PLR0913  # what autograd passes  # fmt: skip
+    def forward(  # what autograd passes
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        axes: Axes,
+        communicator: Communicator,
+    ) -> Any:
         dims = [d for d in range(x.dim()) if d != 1]
         channels = x.shape[1]
         local_count = x.numel() // channels
@@ -258,7 +285,13 @@ class LocalLoss(nn.Module):
         state: of this rank.
     """
 
-    def __init__(self, call: Callable[..., torch.Tensor], mean: bool, resolve: Redistribution, state: StepState) -> None:
+    def __init__(
+        self,
+        call: Callable[..., torch.Tensor],
+        mean: bool,
+        resolve: Redistribution,
+        state: StepState,
+    ) -> None:
         super().__init__()
         self._call, self._mean, self.resolve, self._state = call, mean, resolve, state
 
@@ -266,7 +299,8 @@ class LocalLoss(nn.Module):
         loss = self._call(x, *others, **options)
         if self._mean:
             loss = loss * (x.shape[0] / self._state.current_batch().size)
-        return self.resolve(loss)
+        resolved: torch.Tensor = self.resolve(loss)
+        return resolved
 
 
 def shard_key(name: str, mesh: Mesh, position: int, axes: Axes) -> int:

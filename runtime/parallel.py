@@ -130,7 +130,7 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     communicator.broadcast(seed)
     state.seed = int(seed)
     lowered = Lowering(traced, model, plan, state).run()
-    module = ParallelModule(lowered.modules, lowered.graph, type(model).__name__)  # type: ignore[arg-type]  # a dict of modules is a root
+    module = ParallelModule(lowered.modules, lowered.graph, type(model).__name__)
     module.plan, module._state = plan, state
     module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
     module.register_forward_pre_hook(module._before_forward)

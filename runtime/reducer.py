@@ -4,8 +4,9 @@ The only file that uses autograd's private ``queue_callback`` (as DistributedDat
 runs when a backward pass has ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch.autograd import Variable
 from planner.errors import RunError
 from planner.ir.bucket import fill_buckets
 from runtime.communicator import Axes, Communicator, Pending, group_size
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +51,10 @@ class Reducer:
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, nn.Parameter, Axes]], communicator: Communicator, bucket_bytes: int
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter, Axes]],
+        communicator: Communicator,
+        bucket_bytes: int,
     ) -> None:
         self._communicator = communicator
         self.enabled = True
@@ -71,7 +77,7 @@ class Reducer:
             return
         if not self._running:
             self._running, self._next = True, 0
-            Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]  # private, see the top
+            Variable._execution_engine.queue_callback(self._finish)
         index, k = self._place[id(parameter)]
         bucket = self._buckets[index]
         view = bucket.views[k]
@@ -105,7 +111,7 @@ class Reducer:
             bucket.ready.clear()
         self._running = False
 
-    def _guard(self, bucket: _Bucket, call):  # type: ignore[no-untyped-def]  # returns what it calls
+    def _guard(self, bucket: _Bucket, call: Callable[[], T]) -> T:
         try:
             return call()
         except RuntimeError as error:
@@ -120,5 +126,7 @@ class Reducer:
 def _allocate(axes: Axes, parameters: list[nn.Parameter]) -> _Bucket:
     first = parameters[0]
     buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    views = [piece.view_as(p) for piece, p in zip(buffer.split([p.numel() for p in parameters]), parameters, strict=True)]
+    views = [
+        piece.view_as(p) for piece, p in zip(buffer.split([p.numel() for p in parameters]), parameters, strict=True)
+    ]
     return _Bucket(axes, buffer, parameters, views)

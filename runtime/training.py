@@ -55,7 +55,7 @@ def synthetic_inputs(plan: Plan, process: Process) -> list[torch.Tensor]:
     return found
 
 
-def default_loss(output: Any) -> torch.Tensor:
+def default_loss(output: Any) -> Any:
     """Return a scalar for any output: cross-entropy on class scores, else the mean of squares."""
     if isinstance(output, dict):
         output = list(output.values())
@@ -128,7 +128,10 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     steps_s = timed_steps(step, argument["steps"], process.device)
     alone = silent_step(build_model(plan, process.device), plan, process, inputs)
     timed_steps(alone, 1, process.device)
-    return {"steps_s": steps_s, "compute_s": statistics.median(timed_steps(alone, 3, process.device))}
+    return {
+        "steps_s": steps_s,
+        "compute_s": statistics.median(timed_steps(alone, 3, process.device)),
+    }
 
 
 def silent_step(model: nn.Module, plan: Plan, process: Process, inputs: Sequence[torch.Tensor]) -> Step:
@@ -160,14 +163,19 @@ class SilentCommunicator:
 
     def reduce_scatter(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         index = self.mesh.groups(axes)[0].index(self._first(axes))
-        return buffer.split(list(counts))[index].clone()
+        part: torch.Tensor = buffer.split(list(counts))[index].clone()
+        return part
 
     def _first(self, axes: Axes) -> int:
         own = self.mesh.coordinates(self.position)
         return self.mesh.position(tuple(c if a in axes else 0 for a, c in enumerate(own)))
 
     def exchange(
-        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
     ) -> torch.Tensor:
         del send_counts, axes
         return buffer.new_full((sum(receive_counts),), 0.5)

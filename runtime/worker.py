@@ -37,14 +37,10 @@ def main() -> None:
     except (Exception, SystemExit) as error:  # a rank returns, it does not leave
         failed_at_s = time.monotonic()
         traceback.print_exc()
-        outcome.write_text(
-            json.dumps({"failed_at_s": failed_at_s} | _named(error)), encoding="utf-8"
-        )
+        outcome.write_text(json.dumps({"failed_at_s": failed_at_s} | _named(error)), encoding="utf-8")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            getattr(error, "exit_code", 1)
-        )  # threads of a broken group could hold up an orderly exit
+        os._exit(getattr(error, "exit_code", 1))  # threads of a broken group could hold up an orderly exit
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -20,7 +20,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from planner.api import Machine, Options, Origin, compare_with, example_inputs, measure_host, measure_layers, prepare
+from planner.api import (
+    Machine,
+    Options,
+    Origin,
+    compare_with,
+    example_inputs,
+    measure_host,
+    measure_layers,
+    prepare,
+)
 from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
 from planner.measure.host import machine_from
@@ -29,7 +38,15 @@ from planner.units import format_bytes, parse_bit_rate
 from runtime.launch import Process, run_local
 from runtime.namespaces import two_hosts
 from runtime.parallel import parallelize
-from runtime.training import Step, build_model, make_optimizer, silent_step, synthetic_inputs, timed_steps, training_step
+from runtime.training import (
+    Step,
+    build_model,
+    make_optimizer,
+    silent_step,
+    synthetic_inputs,
+    timed_steps,
+    training_step,
+)
 
 DDP = "torch DDP"
 COMPUTE = "planned, compute only"
@@ -41,7 +58,9 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
     planned = plans["planned"]
     steps = {name: _planned_step(plan, process) for name, plan in plans.items()}
     steps[DDP] = _ddp_step(planned, process)
-    steps[COMPUTE] = silent_step(build_model(planned, process.device), planned, process, synthetic_inputs(planned, process))
+    steps[COMPUTE] = silent_step(
+        build_model(planned, process.device), planned, process, synthetic_inputs(planned, process)
+    )
     for step in steps.values():
         timed_steps(step, argument["warmup"], process.device)
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -87,16 +106,29 @@ def run(model: str, batch: int, rate: str, rounds: int) -> dict[str, Any]:
     with two_hosts(parse_bit_rate(rate)) as hosts:
         machine = Machine(*machine_from(measure_host(2, hosts), 2))
         planner = prepare(
-            loaded.module, example_inputs([loaded.input_shape], batch), machine, Options(), Origin(model, model)
+            loaded.module,
+            example_inputs([loaded.input_shape], batch),
+            machine,
+            Options(),
+            Origin(model, model),
         )
         planner = measure_layers(planner, hosts)
         comparison = compare_with(planner)
         names = ["data", "conv-data-fc-model"]
         plans = {n: dataclasses.replace(planner, options=Options(solver=n)).plan() for n in names}
         plans["planned"] = planner.plan()
-        argument = {"plans": {n: p.to_json() for n, p in plans.items()}, "rounds": rounds, "warmup": 2}
+        argument = {
+            "plans": {n: p.to_json() for n, p in plans.items()},
+            "rounds": rounds,
+            "warmup": 2,
+        }
         (samples, _) = run_local(
-            "two_hosts:race", argument, num_ranks=2, timeout_s=3600.0, threads_per_rank=1, hosts=hosts
+            "two_hosts:race",
+            argument,
+            num_ranks=2,
+            timeout_s=3600.0,
+            threads_per_rank=1,
+            hosts=hosts,
         )
     assert isinstance(samples, dict)
     _print(model, batch, rate, plans, samples)

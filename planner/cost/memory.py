@@ -12,7 +12,18 @@ from typing import Final
 
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
-from planner.ir.ops import BatchNorm, Concat, Conv, Dropout, Elementwise, Linear, Loss, Pool, Redistribute, Softmax
+from planner.ir.ops import (
+    BatchNorm,
+    Concat,
+    Conv,
+    Dropout,
+    Elementwise,
+    Linear,
+    Loss,
+    Pool,
+    Redistribute,
+    Softmax,
+)
 from planner.ir.rules import LayerLayouts
 from planner.ir.tensor import DType
 

@@ -80,10 +80,12 @@ class CostModel:
     profile: ProfileTable
     settings: Settings
     pricer: StepPricer
-    _flows: Mapping[LayerId, bool]
+    flows: Mapping[LayerId, bool]
 
     @staticmethod
-    def of(graph: LayerGraph, machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, settings: Settings) -> "CostModel":  # fmt: skip
+    def of(
+        graph: LayerGraph, machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, settings: Settings
+    ) -> "CostModel":
         """Return the model for a network on a mesh of a machine."""
         pricer = StepPricer(Router(machine, mesh), {})
         return CostModel(graph, machine, mesh, profile, settings, pricer, gradient_flow(graph))
@@ -105,7 +107,7 @@ class CostModel:
         )
 
     def _input_gradient(self, layer: Layer) -> bool:
-        return any(self._flows[i] for i in layer.inputs)
+        return any(self.flows[i] for i in layer.inputs)
 
     def layer(self, layer: Layer, split: Split) -> LayerCost:
         """Return the cost of a layer under a split."""
@@ -149,17 +151,17 @@ class CostModel:
             Whole.PARTIAL if a in axes else Whole.EQUAL for a in range(len(self.mesh.axes))), (BALANCED,))  # fmt: skip
         return self.pricer.price(source, source.with_placements((Whole.EQUAL,) * len(self.mesh.axes)), 1)
 
-    def edge(self, producer: Layer, consumer: Layer, have: Layout, need: Layout) -> tuple[Price, Price]:
+    def edge(self, producer: Layer, have: Layout, need: Layout) -> tuple[Price, Price]:
         """Return the price of an edge, forward and backward.
 
         Args:
-            producer, consumer: the layers.
+            producer: the layer whose output moves.
             have: the layout of the producer's output.
             need: the layout that the consumer's input asks for.
         """
         item = self.settings.activation_dtype(producer.output.dtype).item_bytes
         forward = self.pricer.price(have, need, item)
-        if not self._flows[producer.id]:
+        if not self.flows[producer.id]:
             return forward, FREE
         return forward, self.pricer.price(need.gradient, have.gradient, item)
 

@@ -79,7 +79,11 @@ class _Simulation:
         self._names = [layer.id for layer in table.space.graph.layers]
         self._costs = [costs[c] for costs, c in zip(table.layers, choice, strict=True)]
         count = len(self._costs)
-        self._in_forward, self._in_backward, self._in_bytes = [0.0] * count, [0.0] * count, [0.0] * count
+        self._in_forward, self._in_backward, self._in_bytes = (
+            [0.0] * count,
+            [0.0] * count,
+            [0.0] * count,
+        )
         for (i, j, _), edge in table.edges.items():
             pair = choice[i], choice[j]
             self._in_forward[j] += float(edge.forward_s[pair])

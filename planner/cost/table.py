@@ -54,11 +54,11 @@ class CostTable:
         signatures = []
         layers = []
         for layer in graph.layers:
-            needs = any(model._flows[i] for i in layer.inputs)
+            needs = any(model.flows[i] for i in layer.inputs)
             signature = (
                 layer.op, tuple(a.op for a in layer.absorbed), graph.inputs_of(layer), layer.output,
                 tuple((p.spec, p.out_dim, p.in_dim, p.trainable) for p in layer.params),
-                needs, model._flows[layer.id], space.splits[layer.id],
+                needs, model.flows[layer.id], space.splits[layer.id],
             )  # fmt: skip
             if signature not in by_signature:
                 by_signature[signature] = tuple(model.layer(layer, s) for s in space.splits[layer.id])
@@ -95,8 +95,12 @@ def _edge_cost(model: CostModel, space: SearchSpace, producer: Layer, consumer: 
     found = np.zeros((3, len(have), len(need)))
     for a, source in enumerate(have):
         for b, target in enumerate(need):
-            forward, backward = model.edge(producer, consumer, source, target)
-            found[:, a, b] = forward.seconds, backward.seconds, forward.num_bytes + backward.num_bytes
+            forward, backward = model.edge(producer, source, target)
+            found[:, a, b] = (
+                forward.seconds,
+                backward.seconds,
+                forward.num_bytes + backward.num_bytes,
+            )
     full = found[:, have_index][:, :, need_index]
     return EdgeCost(full[0], full[1], full[2])
 

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.collectives import all_reduce_s, exchange_s, ring_all_gather_s, ring_reduce_scatter_s
+from planner.cost.collectives import (
+    all_reduce_s,
+    exchange_s,
+    ring_all_gather_s,
+    ring_reduce_scatter_s,
+)
 from planner.devices.route import Router
 from planner.ir.layout import Layout
 from planner.ir.transfer import Step, StepKind, steps

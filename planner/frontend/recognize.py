@@ -15,13 +15,81 @@ from planner.ir import ops
 _Recognizer = Callable[[fx.Node, nn.Module | None], ops.Op | None]
 
 _ELEMENTWISE = frozenset(
-    "relu relu_ relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus "
-    "softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp log sqrt rsqrt square pow clamp clamp_ reciprocal sin cos erf "
-    "contiguous clone identity leakyrelu to float double half".split()
+    [
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "tanhshrink",
+        "softshrink",
+        "hardshrink",
+        "abs",
+        "neg",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "pow",
+        "clamp",
+        "clamp_",
+        "reciprocal",
+        "sin",
+        "cos",
+        "erf",
+        "contiguous",
+        "clone",
+        "identity",
+        "leakyrelu",
+        "to",
+        "float",
+        "double",
+        "half",
+    ]
 )
-_ARITHMETIC = frozenset("add add_ iadd sub sub_ isub mul mul_ imul truediv div div_ itruediv maximum minimum".split())
+_ARITHMETIC = frozenset(
+    [
+        "add",
+        "add_",
+        "iadd",
+        "sub",
+        "sub_",
+        "isub",
+        "mul",
+        "mul_",
+        "imul",
+        "truediv",
+        "div",
+        "div_",
+        "itruediv",
+        "maximum",
+        "minimum",
+    ]
+)
 _LOSSES = frozenset(
-    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
+    [
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    ]
 )
 _MODULE_LOSSES = {
     "CrossEntropyLoss": "cross_entropy", "NLLLoss": "nll_loss", "MSELoss": "mse_loss", "L1Loss": "l1_loss",
@@ -37,7 +105,12 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _flat(arguments: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(arguments, lambda n: found.append(n) or n)
+
+    def visit(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(arguments, visit)
     return found
 
 
@@ -67,7 +140,7 @@ def function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-def _of_module(node: fx.Node, module: nn.Module) -> ops.Op | None:
+def _of_module(node: fx.Node, module: nn.Module) -> ops.Op | None:  # noqa: C901, PLR0911  # a table of kinds
     rank = _shape(node)
     match module:
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
@@ -77,9 +150,9 @@ def _of_module(node: fx.Node, module: nn.Module) -> ops.Op | None:
         case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
             return ops.BatchNorm(module.num_features) if module.affine and module.track_running_stats else None
         case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d() if not module.return_indices:
-            return _pool("max", len(rank) - 2, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)  # fmt: skip
+            return _pool("max", len(rank) - 2, _window(module), module.dilation, module.ceil_mode)
         case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d():
-            return _pool("avg", len(rank) - 2, module.kernel_size, module.stride, module.padding, 1, module.ceil_mode)
+            return _pool("avg", len(rank) - 2, _window(module), 1, module.ceil_mode)
         case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() | nn.AdaptiveAvgPool3d():
             return ops.AdaptivePool("avg", rank[2:])
         case nn.AdaptiveMaxPool1d() | nn.AdaptiveMaxPool2d() | nn.AdaptiveMaxPool3d() if not module.return_indices:
@@ -92,9 +165,18 @@ def _of_module(node: fx.Node, module: nn.Module) -> ops.Op | None:
             return _reshape(node)
         case nn.Softmax() | nn.LogSoftmax() if module.dim is not None:
             return ops.Softmax(module.dim % len(rank), isinstance(module, nn.LogSoftmax))
+        case _:
+            return _by_class_name(module)
+
+
+def _by_class_name(module: nn.Module) -> ops.Op | None:
     name = type(module).__name__
     if name in _MODULE_LOSSES:
-        return _loss(_MODULE_LOSSES[name], module.reduction, weighted=getattr(module, "weight", None) is not None)  # type: ignore[arg-type]  # every loss of torch.nn has a reduction
+        return _loss(
+            _MODULE_LOSSES[name],
+            module.reduction,
+            weighted=getattr(module, "weight", None) is not None,
+        )
     if name.lower() in _ELEMENTWISE and not list(module.parameters(recurse=False)):
         return ops.Elementwise(name.lower())
     return None
@@ -149,11 +231,13 @@ def _reshape(node: fx.Node) -> ops.Op | None:
 def _pooling(node: fx.Node, name: str) -> ops.Op | None:
     spatial = len(_shape(node)) - 2
     if name.startswith(("max_pool", "boolean_dispatch")) or node.target in _MAX_POOLS:
-        values = _arguments(node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False)
-        return _pool("max", spatial, *values)
+        *window, dilation, ceil_mode = _arguments(
+            node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False
+        )
+        return _pool("max", spatial, (window[0], window[1], window[2]), dilation, ceil_mode)
     if name.startswith("avg_pool"):
         kernel, stride, padding, ceil_mode = _arguments(node, kernel_size=None, stride=None, padding=0, ceil_mode=False)
-        return _pool("avg", spatial, kernel, stride, padding, 1, ceil_mode)
+        return _pool("avg", spatial, (kernel, stride, padding), 1, ceil_mode)
     if name.startswith("adaptive_avg_pool"):
         return ops.AdaptivePool("avg", _shape(node)[2:])
     if name == "mean":
@@ -182,7 +266,11 @@ def _classifier(node: fx.Node, name: str) -> ops.Op | None:
         (dim,) = _arguments(node, dim=None)
         return None if dim is None else ops.Softmax(int(dim) % len(_shape(node)), name == "log_softmax")
     if name in _LOSSES:
-        return _loss(name, node.kwargs.get("reduction", "mean"), weighted=node.kwargs.get("weight") is not None)
+        return _loss(
+            name,
+            node.kwargs.get("reduction", "mean"),
+            weighted=node.kwargs.get("weight") is not None,
+        )
     return None
 
 
@@ -196,14 +284,19 @@ def _arguments(node: fx.Node, **defaults: Any) -> list[Any]:
     return [given.get(name, default) for name, default in defaults.items()]
 
 
-def _pool(function: Any, spatial: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> ops.Pool:  # fmt: skip # noqa: PLR0913  # the attributes of a pool
+def _window(module: Any) -> tuple[Any, Any, Any]:
+    return module.kernel_size, module.stride, module.padding
+
+
+def _pool(function: Any, spatial: int, window: tuple[Any, Any, Any], dilation: Any, ceil_mode: bool) -> ops.Pool:
     def each(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, tuple | list) else (int(value),) * spatial
 
+    kernel, stride, padding = window
+    no_stride = stride is None or stride == []
     return ops.Pool(
-        function, each(kernel), each(kernel if stride is None or stride == [] else stride),
-        each(padding), each(dilation), bool(ceil_mode),
-    )  # fmt: skip
+        function, each(kernel), each(kernel if no_stride else stride), each(padding), each(dilation), bool(ceil_mode)
+    )
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -134,9 +134,7 @@ def _call(
             failure = error
             continue
         if not isinstance(module, nn.Module):
-            raise UsageError(
-                f"model {reference!r} returned a {type(module).__name__}, not a torch.nn.Module"
-            )
+            raise UsageError(f"model {reference!r} returned a {type(module).__name__}, not a torch.nn.Module")
         return module
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     raise UsageError(

@@ -35,7 +35,7 @@ class _ConcreteProxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self) -> Iterator[fx.Proxy]:
-        return iter([self[i] for i in range(len(self.value))])
+        return iter([self[i] for i in range(len(self.value))])  # type: ignore[index]  # a Proxy forwards it
 
     def __bool__(self) -> bool:
         return bool(self._number("its truth"))
@@ -62,7 +62,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     _running = False  # while an operator is executed, fx's hooks on modules are to keep out of the way
 
-    def create_proxy(  # type: ignore[override]  # the base class types its optional arguments looser
+    def create_proxy(
         self,
         kind: str,
         target: Any,
@@ -78,6 +78,7 @@ class _Tracer(fx.Tracer):
             if not _has_tensor(value):
                 return value
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        assert isinstance(proxy, _ConcreteProxy)
         proxy.value = value
         proxy.node.meta.update(val=value, scope=self.scope.module_path, origin=origin_of_call())
         return proxy
@@ -104,8 +105,12 @@ class _Tracer(fx.Tracer):
             self._running = False
 
 
+def _value(argument: Any) -> Any:
+    return argument.value if isinstance(argument, _ConcreteProxy) else argument
+
+
 def _values(structure: Any) -> Any:
-    return fx.node.map_aggregate(structure, lambda a: a.value if isinstance(a, _ConcreteProxy) else a)
+    return fx.node.map_aggregate(structure, _value)
 
 
 def _has_tensor(value: Any) -> bool:

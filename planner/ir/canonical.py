@@ -14,9 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from planner.errors import FormatError, UsageError
 from planner.units import MIB
 
-MAX_FILE_BYTES: Final = (
-    64 * MIB
-)  # a guard against the wrong file; a plan of 10,000 layers has 10 MiB
+MAX_FILE_BYTES: Final = 64 * MIB  # a guard against the wrong file; a plan of 10,000 layers has 10 MiB
 _EXACT_INTEGERS: Final = 2**53  # above, a float no longer tells neighbouring integers apart
 _SHOWN_CHARACTERS: Final = 60
 
@@ -36,9 +34,7 @@ def canonical_bytes(value: object) -> bytes:
         ValueError: the value contains NaN or an infinity.
     """
     plain = _with_whole_numbers_as_int(value)
-    text = json.dumps(
-        plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
@@ -115,9 +111,7 @@ def write_atomically(path: Path, text: str) -> None:
 def json_path(location: Sequence[str | int]) -> str:
     """Return keys and indices as a JSON path, such as ``$.stages[0]["a b"]``."""
     return "$" + "".join(
-        f".{key}"
-        if isinstance(key, str) and key.isidentifier()
-        else f"[{json.dumps(key, ensure_ascii=False)}]"
+        f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{json.dumps(key, ensure_ascii=False)}]"
         for key in location
     )
 

@@ -5,7 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.ir.graph import Layer, LayerGraph
-from planner.ir.ops import AdaptivePool, BatchNorm, Conv, Dropout, Elementwise, Flatten, Linear, Loss, Op, Pool, Softmax
+from planner.ir.ops import (
+    AdaptivePool,
+    BatchNorm,
+    Conv,
+    Dropout,
+    Elementwise,
+    Flatten,
+    Linear,
+    Loss,
+    Op,
+    Pool,
+    Softmax,
+)
 from planner.ir.split import LayerId
 
 Shape = tuple[int, ...]
@@ -54,7 +66,12 @@ class Work:
 
 
 def work(
-    layer: Layer, inputs: Sequence[Shape], output: Shape, params: Sequence[Shape], *, input_gradient: bool
+    layer: Layer,
+    inputs: Sequence[Shape],
+    output: Shape,
+    params: Sequence[Shape],
+    *,
+    input_gradient: bool,
 ) -> Work:
     """Return the work of a layer on these shapes.
 
@@ -71,7 +88,7 @@ def work(
     return Work(
         forward_flop=flop,
         input_gradient_flop=flop if input_gradient else 0,
-        weight_gradient_flop=flop if weights else 0,
+        weight_gradient_flop=flop if any(p.trainable and p.in_dim is not None for p in layer.params) else 0,
         forward_elements=own + (passes + extra) * moved_out,
         backward_elements=(2 if flop else 1) * own + (passes + extra) * moved_out + weights,
         kernels=(1 if own else 0) + len(layer.absorbed),

@@ -135,9 +135,7 @@ class Layout:
     @property
     def gradient(self) -> "Layout":
         """The layout of this tensor's gradient: the same regions, addends where copies are shared."""
-        return self.with_placements(
-            tuple(p if isinstance(p, int) else _GRADIENT[p] for p in self.placements)
-        )
+        return self.with_placements(tuple(p if isinstance(p, int) else _GRADIENT[p] for p in self.placements))
 
     def with_placements(self, placements: tuple[Placement, ...]) -> "Layout":
         """Return this layout with other placements."""

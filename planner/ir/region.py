@@ -33,13 +33,8 @@ class Region:
 
     def contains(self, other: "Region") -> bool:
         """Return whether every element of the other region is in this one."""
-        return all(
-            a <= c and d <= b
-            for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
-        )
+        return all(a <= c and d <= b for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True))
 
     def slices_in(self, frame: "Region") -> tuple[slice, ...]:
         """Return the slices that select this region from a tensor that holds ``frame``."""
-        return tuple(
-            slice(a - f, b - f) for a, b, f in zip(self.start, self.stop, frame.start, strict=True)
-        )
+        return tuple(slice(a - f, b - f) for a, b, f in zip(self.start, self.stop, frame.start, strict=True))

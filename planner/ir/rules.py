@@ -66,7 +66,7 @@ _SAMPLE = Effect(0, 0)
 _REPLICATE = Effect(Whole.EQUAL, Whole.EQUAL)
 
 
-def effects(op: Op, shape: tuple[int, ...]) -> Mapping[Dimension, Effect]:
+def effects(op: Op, shape: tuple[int, ...]) -> Mapping[Dimension, Effect]:  # noqa: PLR0911  # a table of kinds
     """Return what each legal dimension does to an operator whose output has this shape."""
     channel = channel_dim(op, shape)
     pointwise = {
@@ -151,9 +151,7 @@ def _layouts(
     table = effects(op, output.shape)
     chosen = [table[d] for d in split.dimensions]
     unit = inputs[0].numel // (inputs[0].shape[0] * inputs[0].shape[1]) if isinstance(op, Flatten) else 1
-    computed = Layout(
-        output.shape, mesh, tuple(e.output for e in chosen), activation_cuts(op, output, unit)
-    )
+    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), activation_cuts(op, output, unit))
     resolved = tuple(
         _resolved(dimension, placement, channel_dim(op, output.shape))
         for dimension, placement in zip(split.dimensions, computed.placements, strict=True)

@@ -28,12 +28,8 @@ class Dimension(StrEnum):
     """Of a redistribute layer only: equal copies whose gradients are addends of one sum."""
 
 
-CHANNEL_DIMENSIONS = frozenset(
-    {Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER}
-)
-SPATIAL_DIMENSIONS = frozenset(
-    {Dimension.HEIGHT, Dimension.WIDTH, Dimension.DEPTH, Dimension.LENGTH}
-)
+CHANNEL_DIMENSIONS = frozenset({Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
+SPATIAL_DIMENSIONS = frozenset({Dimension.HEIGHT, Dimension.WIDTH, Dimension.DEPTH, Dimension.LENGTH})
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,9 +72,7 @@ def _overlaps(layout: Layout, dim: int) -> bool:
     return any(a[1] > b[0] for a, b in itertools.pairwise(pieces))
 
 
-def _every_interval(
-    a: Layout, b: Layout, dim: int, holds: Callable[[tuple[int, int], tuple[int, int]], bool]
-) -> bool:
+def _every_interval(a: Layout, b: Layout, dim: int, holds: Callable[[tuple[int, int], tuple[int, int]], bool]) -> bool:
     """Return whether a relation holds between the intervals of both layouts on every rank."""
     axes = sorted({*a.axes_of(dim), *b.axes_of(dim)})
     coordinates = [0] * len(a.mesh.axes)
@@ -95,7 +93,8 @@ def _nests(fine: Layout, coarse: Layout, dim: int) -> bool:
     fine_axes, coarse_axes = fine.axes_of(dim), coarse.axes_of(dim)
     fine_pieces, coarse_pieces = fine.pieces(dim), coarse.pieces(dim)
     if fine_axes[: len(coarse_axes)] != coarse_axes or any(
-        a[1] != b[0] for a, b in itertools.pairwise(fine_pieces)  # windows overlap or leave gaps
+        a[1] != b[0]
+        for a, b in itertools.pairwise(fine_pieces)  # windows overlap or leave gaps
     ):
         return False
     joined = len(fine_pieces) // len(coarse_pieces)
@@ -106,9 +105,7 @@ def _nests(fine: Layout, coarse: Layout, dim: int) -> bool:
 
 
 def _replace_axes(layout: Layout, axes: tuple[int, ...], placement: Placement) -> Layout:
-    return layout.with_placements(
-        tuple(placement if i in axes else p for i, p in enumerate(layout.placements))
-    )
+    return layout.with_placements(tuple(placement if i in axes else p for i, p in enumerate(layout.placements)))
 
 
 def _with_dim_of(layout: Layout, other: Layout, dims: set[int]) -> Layout:
@@ -151,9 +148,7 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
     if rest:
         add(StepKind.ALL_REDUCE, rest, _replace_axes(current, rest, Whole.EQUAL))
 
-    made_partial = tuple(
-        a for a in target.axes_with(Whole.PARTIAL) if current.placements[a] is not Whole.PARTIAL
-    )
+    made_partial = tuple(a for a in target.axes_with(Whole.PARTIAL) if current.placements[a] is not Whole.PARTIAL)
     _move(current, _before_partial(current, target, made_partial), add)
     padded = tuple(a for a in made_partial if isinstance(current.placements[a], int))
     if padded:

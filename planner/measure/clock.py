@@ -40,9 +40,7 @@ def time_phases(phases: Callable[[], tuple[float, ...]]) -> tuple[Timing, ...]:
     phases()
     samples: list[tuple[float, ...]] = []
     start = time.perf_counter()
-    while len(samples) < MIN_REPEATS or (
-        len(samples) < MAX_REPEATS and time.perf_counter() - start < ENOUGH_S
-    ):
+    while len(samples) < MIN_REPEATS or (len(samples) < MAX_REPEATS and time.perf_counter() - start < ENOUGH_S):
         samples.append(phases())
     return tuple(summarize(list(phase)) for phase in zip(*samples, strict=True))
 

@@ -115,7 +115,13 @@ def machine_from(rates: HostRates, num_ranks: int) -> tuple[DeviceGraph, Profile
 
 def cache_path(num_ranks: int) -> Path:
     """Return where the measurements of N processes of this host are kept."""
-    facts = [platform.node(), platform.machine(), _cpu_name(), torch.__version__, str(threads_per_rank(num_ranks))]
+    facts = [
+        platform.node(),
+        platform.machine(),
+        _cpu_name(),
+        torch.__version__,
+        str(threads_per_rank(num_ranks)),
+    ]
     key = hashlib.sha256("|".join(facts).encode()).hexdigest()[:12]
     return Path(platformdirs.user_cache_dir("layerwise")) / f"host-{key}-{num_ranks}.json"
 
@@ -153,7 +159,9 @@ def median_rates(found: list[HostRates]) -> HostRates:
     return HostRates(**{**merged, "memory_bytes": int(merged["memory_bytes"])})  # type: ignore[arg-type]  # floats but one
 
 
-def _trained_rate(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, flop: int, device: torch.device) -> float:
+def _trained_rate(
+    call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, flop: int, device: torch.device
+) -> float:
     def step() -> None:
         call(x).sum().backward()
 

@@ -1,8 +1,10 @@
 """Times single layers on the shapes of one device's piece, from their profile keys alone."""
 
+import functools
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from planner.measure.clock import synchronize, time_phases
 from planner.profile.table import Measurement
 
 _Shape = tuple[int, ...]
+_Named = tuple[str, dict[str, Any]]
+"""Kind and attributes of an operator."""
 _Forward = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
 
 
@@ -22,6 +26,16 @@ def measure_layers(keys: Iterable[str], device: torch.device) -> dict[str, Measu
         measurement = measure_layer(key, device)
         if measurement is not None:
             found[key] = measurement
+    return found
+
+
+def median_over_ranks(times: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Measurement]:
+    """Join what several ranks timed at once: forward, backward and inter-quartile seconds, repeats."""
+    found = {}
+    for key in times[0]:
+        rows = list(zip(*(rank[key] for rank in times), strict=True))
+        forward_s, backward_s, iqr_s = (statistics.median(row) for row in rows[:3])
+        found[key] = Measurement(forward_s, backward_s, iqr_s, int(rows[3][0]))
     return found
 
 
@@ -51,7 +65,7 @@ def measure_layer(key: str, device: torch.device) -> Measurement | None:
         synchronize(device)
         middle = time.perf_counter()
         if y.requires_grad:
-            y.backward(result)  # type: ignore[no-untyped-call]  # torch does not type it
+            y.backward(result)
             synchronize(device)
         return middle - start, time.perf_counter() - middle
 
@@ -59,7 +73,7 @@ def measure_layer(key: str, device: torch.device) -> Measurement | None:
     return Measurement(ahead.median_s, back.median_s, ahead.iqr_s + back.iqr_s, ahead.num_samples)
 
 
-def _parsed(key: str) -> tuple[tuple[str, dict[str, Any]], list[tuple[str, dict[str, Any]]], list[_Shape], _Shape, str, bool]:  # fmt: skip
+def _parsed(key: str) -> tuple[_Named, list[_Named], list[_Shape], _Shape, str, bool]:
     kind, op, absorbed, shapes, output, dtype, input_gradient = json.loads(key)
     return (
         (kind, op), [(k, o) for k, o in absorbed], [tuple(s) for s in shapes], tuple(output), dtype, input_gradient,
@@ -78,22 +92,20 @@ def _param_shapes(kind: str, op: dict[str, Any], shapes: list[_Shape], output: _
             return []
 
 
-def _operator(kind: str, op: dict[str, Any], output: _Shape) -> _Forward | None:
+def _operator(kind: str, op: dict[str, Any], output: _Shape) -> _Forward | None:  # noqa: PLR0911  # a table of kinds
     spatial = len(output) - 2
     match kind:
         case "conv":
             convolve = [functional.conv1d, functional.conv2d, functional.conv3d][spatial - 1]
-            return lambda x, p: convolve(
-                x[0], p[0], p[1], op["stride"], op["padding"], op["dilation"], op["groups"]
-            )
+            return lambda x, p: convolve(x[0], p[0], p[1], op["stride"], op["padding"], op["dilation"], op["groups"])
         case "linear":
             return lambda x, p: functional.linear(x[0], p[0], p[1])
         case "batch_norm":
-            return lambda x, p: functional.batch_norm(x[0], None, None, p[0], p[1], True)
+            return lambda x, p: _norm(p[0], p[1], x[0])
         case "pool":
             return _pool(op, spatial)
         case "adaptive_pool":
-            return lambda x, p: x[0].mean(tuple(range(2, x[0].dim()))) if not op["output_size"] else _adaptive(op, spatial)(x[0])  # noqa: ARG005  # one signature for all
+            return lambda x, _: _adaptive(op, spatial)(x[0])
         case "elementwise":
             return lambda x, p: x[0] + x[1] if len(x) > 1 else functional.relu(x[0])  # noqa: ARG005
         case "concat":
@@ -114,10 +126,24 @@ def _pool(op: dict[str, Any], spatial: int) -> _Forward:
 
 
 def _adaptive(op: dict[str, Any], spatial: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    average = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
-    largest = [functional.adaptive_max_pool1d, functional.adaptive_max_pool2d, functional.adaptive_max_pool3d]
+    if not op["output_size"]:
+        return lambda x: x.mean(tuple(range(2, x.dim())))
+    average = [
+        functional.adaptive_avg_pool1d,
+        functional.adaptive_avg_pool2d,
+        functional.adaptive_avg_pool3d,
+    ]
+    largest = [
+        functional.adaptive_max_pool1d,
+        functional.adaptive_max_pool2d,
+        functional.adaptive_max_pool3d,
+    ]
     pool = (average if op["function"] == "avg" else largest)[spatial - 1]
     return lambda x: pool(x, op["output_size"])
+
+
+def _norm(weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return functional.batch_norm(y, None, None, weight, bias, True)
 
 
 def _absorbed(
@@ -129,9 +155,9 @@ def _absorbed(
         if kind == "batch_norm":
             weight, bias = random((output[1],), gradient=True), random((output[1],), gradient=True)
             params += [weight, bias]
-            calls.append(lambda y, w=weight, b=bias: functional.batch_norm(y, None, None, w, b, True))  # type: ignore[misc]  # defaults bind the loop's values
+            calls.append(functools.partial(_norm, weight, bias))
         elif kind == "dropout":
-            calls.append(lambda y, p=op["probability"]: functional.dropout(y, p))  # type: ignore[misc]
+            calls.append(functools.partial(functional.dropout, p=op["probability"]))
         elif op.get("function") != "identity":
             calls.append(functional.relu)
 

@@ -8,6 +8,7 @@ from importlib import metadata
 
 from planner.cost.simulate import Timeline
 from planner.cost.table import CostTable
+from planner.ir.tensor import DType
 from planner.plan.schema import (
     AxisPart,
     BaselinePart,
@@ -68,7 +69,9 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
     layers = [
         LayerPart(
             id=layer.id, op=layer.op.kind, split=dict(strategy[layer.id].axes),
-            cost=CostPart(compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=0.0, sync_s=t.sync_s, exposed_s=t.exposed_s),
+            cost=CostPart(
+                compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=0.0, sync_s=t.sync_s, exposed_s=t.exposed_s
+            ),
             memory_bytes=cost.memory.resident,
         )
         for layer, t, cost in zip(graph.layers, timeline.layers, costs, strict=True)
@@ -77,10 +80,10 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
         model=ModelPart(
             name=graph.name, source=request.source, arguments=dict(request.arguments),
             graph_sha256=graph.digest, num_params=graph.num_params,
-            inputs=[InputTensor(name=n, shape=list(shape), dtype=dtype) for n, shape, dtype in request.inputs],
+            inputs=[InputTensor(name=n, shape=list(shape), dtype=DType(dtype)) for n, shape, dtype in request.inputs],
         ),
         batch=graph.batch,
-        precision=model.settings.precision,
+        precision=model.settings.precision,  # type: ignore[arg-type]  # checked by pydantic
         optimizer=model.settings.optimizer.value,
         io=space.io.value,
         sync_batch_norm=model.settings.sync_batch_norm,
@@ -106,7 +109,8 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
             for b in baselines
         ],
         search=SearchPart(
-            solver=found.solver, status=found.status, lower_bound_s=found.lower_bound_s, gap=found.gap,
+            solver=found.solver, status=found.status,  # type: ignore[arg-type]  # checked by pydantic
+            lower_bound_s=found.lower_bound_s, gap=found.gap,
             num_strategies=f"{space.num_strategies:.3g}", memory_limit_bytes=request.memory_limit_bytes,
         ),
         provenance=ProvenancePart(

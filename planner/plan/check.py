@@ -23,7 +23,10 @@ def refuse_inconsistent(plan: Plan, what: str) -> None:
 def _problems(plan: Plan) -> Iterator[tuple[str, str]]:
     for i, tensor in enumerate(plan.model.inputs):
         if tensor.shape[0] != plan.batch:
-            yield f"$.model.inputs[{i}].shape[0]", f"is {tensor.shape[0]}, but the batch is {plan.batch}"
+            yield (
+                f"$.model.inputs[{i}].shape[0]",
+                f"is {tensor.shape[0]}, but the batch is {plan.batch}",
+            )
     for s, stage in enumerate(plan.stages):
         try:
             mesh = stage.mesh.mesh()
@@ -33,7 +36,10 @@ def _problems(plan: Plan) -> Iterator[tuple[str, str]]:
         if sorted(mesh.ranks) != list(range(mesh.size)):
             yield f"$.stages[{s}].mesh.ranks", f"are not the numbers 0 to {mesh.size - 1}"
         if mesh.size > plan.cluster.num_devices:
-            yield f"$.stages[{s}].mesh", f"has {mesh.size} ranks, the cluster {plan.cluster.num_devices} devices"
+            yield (
+                f"$.stages[{s}].mesh",
+                f"has {mesh.size} ranks, the cluster {plan.cluster.num_devices} devices",
+            )
         axes = [axis.name for axis in mesh.axes]
         seen: set[str] = set()
         for k, layer in enumerate(stage.layers):

@@ -10,10 +10,18 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field
 
 from planner.errors import UsageError
-from planner.ir.canonical import StrictModel, canonical_bytes, decode, decode_file, sha256_of, write_atomically
+from planner.ir.canonical import (
+    StrictModel,
+    canonical_bytes,
+    decode,
+    decode_file,
+    sha256_of,
+    write_atomically,
+)
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.rules import InputOutput
 from planner.ir.split import Dimension, LayerId, Split
+from planner.ir.tensor import DType
 
 SCHEMA_VERSION: Final = 1
 
@@ -21,6 +29,7 @@ MAX_RANKS: Final = 65_536
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Bytes = Annotated[int, Field(ge=0, le=2**63)]
 Seconds = Annotated[float, Field(ge=0)]
+StepSeconds = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -30,7 +39,7 @@ class InputTensor(StrictModel):
 
     name: Name
     shape: Annotated[list[Count], Field(min_length=1, max_length=8)]
-    dtype: Name
+    dtype: DType
 
 
 class ModelPart(StrictModel):
@@ -38,7 +47,7 @@ class ModelPart(StrictModel):
 
     name: Name
     source: str
-    arguments: dict[str, str | int | float | bool] = {}
+    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
     graph_sha256: Sha256
     num_params: Annotated[int, Field(ge=0)]
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=100)]
@@ -116,7 +125,7 @@ class SchedulePart(StrictModel):
 class TotalsPart(StrictModel):
     """The predicted step. ``estimated_s`` is the part of compute that no measurement of a layer backs."""
 
-    step_s: Seconds
+    step_s: StepSeconds
     samples_per_s: Annotated[float, Field(ge=0)]
     compute_s: Seconds
     exposed_s: Seconds
@@ -129,7 +138,7 @@ class BaselinePart(StrictModel):
     """A fixed strategy on the same problem; ``num_replaced`` layers could not follow its rule."""
 
     name: Name
-    step_s: Seconds
+    step_s: StepSeconds
     communication_bytes: Annotated[float, Field(ge=0)]
     memory_bytes: Bytes
     num_replaced: Annotated[int, Field(ge=0)]
@@ -183,7 +192,7 @@ class Plan(StrictModel):
             FormatError: every problem with its JSON path.
         """
         place = Path(path)
-        return decode_file(Plan, place, f"plan {place}").validated(str(place))
+        return decode_file(Plan, place, "plan").validated(f"plan {place}")
 
     @staticmethod
     def from_json(text: str) -> "Plan":

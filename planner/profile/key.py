@@ -33,7 +33,15 @@ class LocalLayer:
         op = self.layer.op
         if isinstance(op, Conv):
             groups = max(op.groups * self.output[1] // op.out_channels, 1) if op.groups > 1 else 1
-            return Conv(self.inputs[0][1], self.output[1], op.kernel, op.stride, op.padding, op.dilation, groups)
+            return Conv(
+                self.inputs[0][1],
+                self.output[1],
+                op.kernel,
+                op.stride,
+                op.padding,
+                op.dilation,
+                groups,
+            )
         return op
 
     @property
@@ -48,4 +56,3 @@ class LocalLayer:
     def work(self) -> Work:
         """Return the FLOP and elements of this piece."""
         return work(self.layer, self.inputs, self.output, self.params, input_gradient=self.input_gradient)
-

@@ -45,7 +45,10 @@ class Roofline:
         forward = max(work.forward_flop / rate, work.forward_elements * item / self.bandwidth_bytes_per_s)
         backward = max(work.backward_flop / rate, work.backward_elements * item / self.bandwidth_bytes_per_s)
         launches = 2 if work.backward_flop else 1
-        return forward + work.kernels * self.launch_s, backward + launches * work.kernels * self.launch_s
+        return (
+            forward + work.kernels * self.launch_s,
+            backward + launches * work.kernels * self.launch_s,
+        )
 
     def update_s(self, num_bytes: float) -> float:
         """Return the time of an optimizer step that moves these bytes of memory."""

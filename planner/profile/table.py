@@ -60,6 +60,7 @@ class ProfileTable:
         """Hash of all numbers."""
         roofline = self.roofline
         return sha256_of([
-            self.device, dict(roofline.flop_per_s), roofline.bandwidth_bytes_per_s, roofline.launch_s, roofline.update_bytes_per_s,
+            self.device, dict(roofline.flop_per_s), roofline.bandwidth_bytes_per_s, roofline.launch_s,
+            roofline.update_bytes_per_s,
             {key: [m.forward_s, m.backward_s] for key, m in self.layers.items()},
         ])  # fmt: skip

@@ -15,7 +15,7 @@ from planner.search.exhaustive import solve_exhaustively
 from planner.search.fixed import FIXED, fixed_strategy
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
-from planner.search.problem import Choice, Limits, Solution, Status
+from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
 from planner.units import MIB, format_bytes
 
 _log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class Search:
             return planned
         if solver == "auto":
             return self._auto()
-        solve = {"dp": self._dp, "ilp": solve_ilp, "exhaustive": solve_exhaustively}[solver]
-        solution = solve(self._formulation.problem, self._limits)
+        solvers: dict[str, Solver] = {"dp": self._dp, "ilp": solve_ilp, "exhaustive": solve_exhaustively}
+        solution = solvers[solver](self._formulation.problem, self._limits)
         return self._planned(solver, self._layer_choice(solution, self._formulation), solution.status)
 
     def fixed(self, name: str) -> Planned:
@@ -98,7 +98,7 @@ class Search:
         """Return whether a plan obeys the memory limit."""
         return self._limit_bytes is None or planned.timeline.memory_bytes <= self._limit_bytes
 
-    def _dp(self, problem, limits):  # type: ignore[no-untyped-def]  # Problem, Limits -> Solution
+    def _dp(self, problem: Problem, limits: Limits) -> Solution:
         """Solve by elimination; where its optimum breaks the memory limit, by the integer program."""
         solution = solve_dp(problem, limits)
         if solution.choice is not None:
@@ -185,9 +185,9 @@ class Search:
     def _require_memory(self, planned: Planned) -> None:
         if not self.fits(planned):
             raise InfeasibleError(
-                f"strategy {planned.solver!r} needs {format_bytes(planned.timeline.memory_bytes)} per device, the limit "
-                f"is {format_bytes(self._limit_bytes or 0)}. Use --solver auto, more devices, a smaller batch, or raise "
-                "--memory-limit."
+                f"strategy {planned.solver!r} needs {format_bytes(planned.timeline.memory_bytes)} per device, but the "
+                f"limit is {format_bytes(self._limit_bytes or 0)}. Use --solver auto, more devices, a smaller batch, "
+                "or raise --memory-limit."
             )
 
     def _infeasible(self) -> InfeasibleError:
@@ -198,6 +198,6 @@ class Search:
         layer = self.table.space.graph.layers[worst]
         return InfeasibleError(
             f"no strategy fits in {format_bytes(self._limit_bytes or 0)} per device: even with the smallest pieces of "
-            f"every layer the network keeps {format_bytes(total)}, and layer {layer.id!r} ({layer.op.kind}) alone needs "
-            f"{format_bytes(least[worst])}. Use more devices, a smaller batch, or raise --memory-limit."
+            f"every layer the network keeps {format_bytes(total)}, and layer {layer.id!r} ({layer.op.kind}) alone "
+            f"needs {format_bytes(least[worst])}. Use more devices, a smaller batch, or raise --memory-limit."
         )

@@ -6,8 +6,8 @@ from typing import Final
 
 from planner.cost.table import CostTable
 from planner.errors import InfeasibleError, UnknownNameError
-from planner.ir.ops import Linear, Redistribute
 from planner.ir.graph import Layer, is_boundary
+from planner.ir.ops import Linear, Redistribute
 from planner.ir.split import Dimension, Split
 from planner.search.elimination import solve_dp
 from planner.search.formulate import Formulation

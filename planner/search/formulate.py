@@ -31,9 +31,7 @@ class Formulation:
 
     def layer_choice(self, choice: Choice) -> Choice:
         """Return the position of every layer's split for a choice of options."""
-        return tuple(
-            options[choice[v]] for options, v in zip(self.options, self.variable_of, strict=True)
-        )
+        return tuple(options[choice[v]] for options, v in zip(self.options, self.variable_of, strict=True))
 
     def pinned(self, allowed: Mapping[int, Sequence[int]]) -> tuple["Formulation", Problem]:
         """Return the formulation and problem in which some layers keep only these of their splits."""
@@ -47,9 +45,7 @@ class Formulation:
         resident = tuple(b[k] for b, k in zip(problem.resident_bytes, keep, strict=True))
         transient = tuple(b[k] for b, k in zip(problem.transient_bytes, keep, strict=True))
         smaller = Problem(node_s, edge_s, resident, transient, problem.limit_bytes)
-        options = tuple(
-            tuple(own[o] for o in keep[v]) for own, v in zip(self.options, self.variable_of, strict=True)
-        )
+        options = tuple(tuple(own[o] for o in keep[v]) for own, v in zip(self.options, self.variable_of, strict=True))
         return replace(self, problem=smaller, options=options), smaller
 
 
@@ -113,7 +109,9 @@ def _variables(table: CostTable) -> tuple[tuple[int, ...], tuple[tuple[int, ...]
         mine = splits[layer.id]
         common[v] = tuple(s for s in common[v] if s in mine) if v in common else mine
         if not common[v]:
-            raise InfeasibleError(f"layer {layer.id!r} shares a parameter with a layer that has no split in common with it")
+            raise InfeasibleError(
+                f"layer {layer.id!r} shares a parameter with a layer that has no split in common with it"
+            )
     options = tuple(
         tuple(range(len(splits[layer.id]))) if common[v] == splits[layer.id]
         else tuple(splits[layer.id].index(s) for s in common[v])
@@ -138,4 +136,3 @@ def _tied(layers: Sequence[Layer]) -> list[int]:
             low, high = sorted((other, find(i)))
             leader[high] = low
     return [find(i) for i in range(len(layers))]
-

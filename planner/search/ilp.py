@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pulp
 
-from planner.search.problem import Choice, Limits, Problem, Solution, Status
+from planner.search.problem import Choice, Costs, Limits, Problem, Solution, Status
 
 _STATUS: Final = {
     "kOptimal": Status.OPTIMAL,
@@ -29,8 +29,8 @@ _STATUS: Final = {
     "kInterrupt": Status.FEASIBLE,
     "kSolutionLimit": Status.FEASIBLE,
 }
-_MEMORY_UNIT_BYTES: Final = 2**20
-"""Rows in MiB keep the matrix well scaled."""
+_MEMORY_UNITS: Final = 1e6
+"""In which the limit is measured: HiGHS tells 1e-6 apart, so one byte of up to 500 GB (see ``_memory_rows``)."""
 
 
 def status_of(native: str, *, has_incumbent: bool) -> Status:
@@ -46,7 +46,7 @@ def solve_ilp(problem: Problem, limits: Limits | None = None) -> Solution:
     scale = _scale(problem)
     program = pulp.LpProblem("layerwise", pulp.LpMinimize)
     x = [
-        [pulp.LpVariable(f"x_{i}_{a}", cat=pulp.LpBinary) for a in range(len(costs))]
+        [program.add_variable(f"x_{i}_{a}", cat=pulp.LpBinary) for a in range(len(costs))]
         for i, costs in enumerate(problem.node_s)
     ]
     objective: list[tuple[Any, float]] = []
@@ -69,7 +69,7 @@ def solve_ilp(problem: Problem, limits: Limits | None = None) -> Solution:
         return Solution(status, None, math.inf, bound)
     choice: Choice = tuple(max(range(len(row)), key=row.__getitem__) for row in values)
     cost_s = problem.cost_s(choice)
-    bound_s = min(float(native.getInfo().mip_dual_bound) / scale, cost_s)
+    bound_s = min(max(float(native.getInfo().mip_dual_bound) / scale, 0.0), cost_s)
     if not problem.fits(choice):
         return Solution(Status.FAILED, None, math.inf, bound_s)
     return Solution(status, choice, cost_s, cost_s if status is Status.OPTIMAL else bound_s)
@@ -81,11 +81,18 @@ def _scale(problem: Problem) -> float:
     return 1000.0 / largest if largest > 0 else 1.0
 
 
-def _edge_rows(program: Any, source: list[Any], target: list[Any], costs: Any, name: tuple[int, int], objective: list[tuple[Any, float]]) -> None:  # fmt: skip  # noqa: PLR0913  # one edge of the program
+def _edge_rows(  # one edge of the program
+    program: pulp.LpProblem,
+    source: list[Any],
+    target: list[Any],
+    costs: Costs,
+    name: tuple[int, int],
+    objective: list[tuple[Any, float]],
+) -> None:
     if not costs.any():
         return
     rows = [
-        [pulp.LpVariable(f"y_{name[0]}_{name[1]}_{a}_{b}", 0, 1) for b in range(len(target))]
+        [program.add_variable(f"y_{name[0]}_{name[1]}_{a}_{b}", 0, 1) for b in range(len(target))]
         for a in range(len(source))
     ]
     for a, variables in enumerate(rows):
@@ -95,12 +102,12 @@ def _edge_rows(program: Any, source: list[Any], target: list[Any], costs: Any, n
         program += pulp.lpSum(row[b] for row in rows) == variable
 
 
-def _memory_rows(program: Any, x: list[list[Any]], problem: Problem) -> None:
+def _memory_rows(program: pulp.LpProblem, x: list[list[Any]], problem: Problem) -> None:
     assert problem.limit_bytes is not None
-    unit = _MEMORY_UNIT_BYTES
-    z = pulp.LpVariable("transient", 0)
+    unit = max(problem.limit_bytes / _MEMORY_UNITS, 1.0)
+    z = program.add_variable("transient", 0)
     resident = []
     for variables, held, needed in zip(x, problem.resident_bytes, problem.transient_bytes, strict=True):
         resident += [variable * (int(b) / unit) for variable, b in zip(variables, held, strict=True)]
         program += pulp.lpSum(v * (int(b) / unit) for v, b in zip(variables, needed, strict=True)) <= z
-    program += pulp.lpSum(resident) + z <= problem.limit_bytes / unit
+    program += pulp.lpSum(resident) + z <= (problem.limit_bytes + 0.5) / unit  # bytes are whole

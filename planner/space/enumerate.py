@@ -45,7 +45,10 @@ def default_io(batch: int, num_ranks: int) -> InputOutput:
 
 
 def enumerate_splits(
-    graph: LayerGraph, mesh: Mesh, io: InputOutput, dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
+    graph: LayerGraph,
+    mesh: Mesh,
+    io: InputOutput,
+    dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS,
 ) -> SearchSpace:
     """Return the search space of a network on a mesh.
 
@@ -74,7 +77,11 @@ def enumerate_splits(
 
 
 def _asked(
-    layer: Layer, graph: LayerGraph, mesh: Mesh, splits: Mapping[LayerId, tuple[Split, ...]], readers: list[Layer]
+    layer: Layer,
+    graph: LayerGraph,
+    mesh: Mesh,
+    splits: Mapping[LayerId, tuple[Split, ...]],
+    readers: list[Layer],
 ) -> tuple[Split, ...]:
     """Return the splits of a redistribute layer whose layout a consumer asks for or the producer has."""
     producer = graph[layer.inputs[0]]

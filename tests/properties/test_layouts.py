@@ -67,11 +67,15 @@ def test_nested_chunks_are_torch_chunk_axis_after_axis(size: int, parts: tuple[i
                 itertools.chain(t.chunk(count), itertools.repeat(t[:0])), count
             )
         ]
-    assert [list(range(a, b)) for a, b in chunk_pieces(size, parts)] == [t.tolist() for t in tensors]
+    assert [list(range(a, b)) for a, b in chunk_pieces(size, parts)] == [
+        t.tolist() for t in tensors
+    ]
 
 
 @given(some.meshes(), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.data())
-def test_chunk_layouts_are_those_of_dtensor(mesh: Mesh, shape: list[int], data: st.DataObject) -> None:
+def test_chunk_layouts_are_those_of_dtensor(
+    mesh: Mesh, shape: list[int], data: st.DataObject
+) -> None:
     dims = [data.draw(st.integers(0, len(shape) - 1)) for _ in mesh.axes]
     layout = Layout(tuple(shape), mesh, tuple(dims), (CHUNK,) * len(shape))
     for position in range(mesh.size):

@@ -1,5 +1,6 @@
 """Steps between layouts, executed for all ranks, against the tensor that they move."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,8 @@ EQUAL, SHARED, PARTIAL = Whole.EQUAL, Whole.SHARED, Whole.PARTIAL
 @st.composite
 def pairs(draw: st.DrawFn, *, wholes: tuple[Whole, ...] = tuple(Whole)) -> tuple[Layout, Layout]:
     mesh, shape = draw(some.meshes()), draw(some.shapes())
-    return draw(some.layouts(shape, mesh, wholes=wholes)), draw(some.layouts(shape, mesh, wholes=wholes))  # fmt: skip
+    source = draw(some.layouts(shape, mesh, wholes=wholes))
+    return source, draw(some.layouts(shape, mesh, wholes=wholes))
 
 
 @st.composite
@@ -108,10 +110,12 @@ def test_batches_of_any_sizes_come_from_and_go_to_their_ranks(
 
 
 @given(pairs())
-def test_steps_are_chained_and_end_in_the_regions_of_the_target(pair: tuple[Layout, Layout]) -> None:
+def test_steps_are_chained_and_end_in_the_regions_of_the_target(
+    pair: tuple[Layout, Layout],
+) -> None:
     source, target = pair
     found = steps(source, target)
-    assert all(a.target == b.source for a, b in zip(found, found[1:], strict=False))
+    assert all(a.target == b.source for a, b in itertools.pairwise(found))
     last = found[-1].target if found else source
     assert last.axes_with(PARTIAL) == target.axes_with(PARTIAL)
     assert all(last.region(p) == target.region(p) for p in range(target.mesh.size))

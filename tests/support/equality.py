@@ -41,7 +41,10 @@ class Net:
 NETS = {
     "lenet5": Net(lenet5, (1, 32, 32)),
     "alexnet": Net(lambda: alexnet(width=0.125, num_classes=CLASSES, hidden=48, dropout=0.0), (3, 67, 67)),
-    "vgg": Net(lambda: vgg("a", batch_norm=True, width=0.125, num_classes=CLASSES, hidden=24, dropout=0.0), (3, 32, 32)),
+    "vgg": Net(
+        lambda: vgg("a", batch_norm=True, width=0.125, num_classes=CLASSES, hidden=24, dropout=0.0),
+        (3, 32, 32),
+    ),
     "resnet20": Net(lambda: cifar_resnet(20, width=0.5), (3, 16, 16)),
 }
 

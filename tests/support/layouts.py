@@ -31,8 +31,10 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh, *, wholes: tuple[Whole, ...] = tuple(Whole)) -> Layout:  # fmt: skip
-    """A layout without empty pieces, cut as activations are; sometimes in units as behind flatten."""
+def layouts(
+    draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh, *, wholes: tuple[Whole, ...] = tuple(Whole)
+) -> Layout:
+    """A layout without empty pieces, cut as activations are; at times in units, as by flatten."""
     options: list[Placement] = [*range(len(shape)), *wholes]
     placements = tuple(draw(st.sampled_from(options)) for _ in mesh.axes)
     units = [u for u in (1, 3, 4) if len(shape) == 2 and shape[1] % u == 0] or [1]

@@ -87,8 +87,9 @@ def pure(function: Local, *shapes: tuple[int, ...]) -> Case:
     return Case((One if len(shapes) == 1 else Two)(function), shapes, function)
 
 
-def normalise(x: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    return functional.batch_norm(x, mean, variance, scale, None, False)
+def normalise(x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+    weight, bias, mean, variance = params
+    return functional.batch_norm(x, mean, variance, weight, bias, False)
 
 
 IMAGE = (6, 8, 5, 4)
@@ -124,7 +125,9 @@ CASES = {
 
 
 def whole_layer(case: Case) -> tuple[LayerGraph, Layer]:
-    traced = trace_layers(case.module, tuple(torch.empty(s, dtype=torch.float64, device="meta") for s in case.shapes))
+    traced = trace_layers(
+        case.module, tuple(torch.empty(s, dtype=torch.float64, device="meta") for s in case.shapes)
+    )
     (layer,) = (x for x in traced.layers.layers if not isinstance(x.op, ops.Input | ops.Output))
     return traced.layers, layer
 
@@ -137,59 +140,119 @@ def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def computed_by_ranks(case: Case, layer: Layer, mine: LayerLayouts, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:  # fmt: skip
-    """Return what every rank computes from the regions that the layouts ask for, without bias."""
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operator reads, whole, and how the ranks hold it."""
+
+    whole: torch.Tensor
+    layout: Layout
+    differentiable: bool
+
+    def piece(self, position: int) -> torch.Tensor:
+        found = torch_piece(self.whole, self.layout, position)
+        return found.requires_grad_(self.differentiable)
+
+
+def operands(
+    case: Case, layer: Layer, mine: LayerLayouts, inputs: Sequence[torch.Tensor]
+) -> list[Operand]:
+    """Return what the operator reads; the bias of a product is added later."""
     values = values_of(case.module)
+    late = set() if isinstance(layer.op, ops.BatchNorm) else {BIAS}
     params = [
-        (values[p.name], layout)
+        Operand(values[p.name], layout, p.trainable)
         for p, layout in zip(layer.params, mine.params, strict=True)
-        if p.name not in {BIAS, "0.num_batches_tracked"}
+        if p.name not in {*late, "0.num_batches_tracked"}
     ]
-    return [
-        case.local(
-            *(torch_piece(x, layout, p) for x, layout in zip(inputs, mine.inputs, strict=True)),
-            *(torch_piece(value, layout, p) for value, layout in params),
-        )
-        for p in range(mine.output.mesh.size)
-    ]
+    return [*(Operand(x, at, True) for x, at in zip(inputs, mine.inputs, strict=True)), *params]
 
 
-def bias_of_rank(case: Case, layer: Layer, mine: LayerLayouts, position: int) -> interpreter.Array | float:  # fmt: skip
-    """Return a rank's piece of the bias, shaped to be added to its output."""
+def bias_of_rank(
+    case: Case, layer: Layer, mine: LayerLayouts, position: int
+) -> interpreter.Array | float:
+    """Return a rank's piece of the bias of a product, shaped to be added to its output."""
     for parameter, layout in zip(layer.params, mine.params, strict=True):
-        if parameter.name == BIAS:
+        if parameter.name == BIAS and isinstance(layer.op, ops.Conv | ops.Linear):
             piece = torch_piece(values_of(case.module)[BIAS], layout, position).numpy()
             space = 0 if isinstance(layer.op, ops.Linear) else len(layer.output.shape) - 2
             return piece.reshape(-1, *[1] * space)
     return 0.0
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.shape)))
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_pieces_of_all_ranks_give_the_whole(case: Case, mesh: Mesh) -> None:
+def randomised(case: Case) -> list[torch.Tensor]:
+    """Give the parameters and buffers of a case random values; return random inputs."""
     torch.manual_seed(0)
-    graph, layer = whole_layer(case)
-    module = case.module.eval()
-    for value in values_of(module).values():
+    for value in values_of(case.module.eval()).values():
         if value.is_floating_point():
             value.data.uniform_(0.5, 2)
-    inputs = [torch.randn(s, dtype=torch.float64) for s in case.shapes]
-    expected = module(*inputs).detach().numpy()
+    return [torch.randn(s, dtype=torch.float64) for s in case.shapes]
+
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_mesh = pytest.mark.parametrize(
+    "mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.shape))
+)
+
+
+@every_mesh
+@every_case
+def test_the_pieces_of_all_ranks_give_the_whole(case: Case, mesh: Mesh) -> None:
+    graph, layer = whole_layer(case)
+    inputs = randomised(case)
+    expected = case.module(*inputs).detach().numpy()
     splits = legal_splits(layer, graph, mesh, InputOutput.PER_RANK, Dimension)
     assert len(splits) == len(set(splits)) > 1
     for split in splits:
         mine = layouts(layer, graph.inputs_of(layer), mesh, split)
-        pieces = [p.numpy() for p in computed_by_ranks(case, layer, mine, inputs)]
+        read = operands(case, layer, mine, inputs)
+        pieces = [
+            case.local(*(operand.piece(p) for operand in read)).detach().numpy()
+            for p in range(mesh.size)
+        ]
         interpreter.check_shapes(pieces, mine.computed)
         resolved = interpreter.run(steps(mine.computed, mine.output), pieces)
         assert not mine.output.axes_with(Whole.PARTIAL)
         for position, found in enumerate(resolved):
-            found = found + bias_of_rank(case, layer, mine, position)
+            whole = found + bias_of_rank(case, layer, mine, position)
             wanted = interpreter.cut(expected, mine.output, position)
-            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9, err_msg=str(split))
+            np.testing.assert_allclose(whole, wanted, rtol=1e-9, atol=1e-9, err_msg=str(split))
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.shape)))
+@every_mesh
+@every_case
+def test_the_gradients_of_all_ranks_give_the_whole(case: Case, mesh: Mesh) -> None:
+    """Gradients are addends over SHARED axes and pieces or equal copies elsewhere."""
+    graph, layer = whole_layer(case)
+    inputs = randomised(case)
+    for split in legal_splits(layer, graph, mesh, InputOutput.PER_RANK, Dimension):
+        mine = layouts(layer, graph.inputs_of(layer), mesh, split)
+        read = operands(case, layer, mine, inputs)
+        wholes = [o.whole.detach().clone().requires_grad_(o.differentiable) for o in read]
+        output = case.local(*wholes)
+        upstream = torch.randn(output.shape, dtype=torch.float64)
+        expected = gradients(output, wholes, upstream)
+        found = []
+        for p in range(mesh.size):
+            local = [operand.piece(p) for operand in read]
+            found.append(
+                gradients(case.local(*local), local, torch_piece(upstream, mine.computed, p))
+            )
+        for k, layout in enumerate([o.layout for o in read if o.differentiable]):
+            whole = Layout(layout.shape, mesh, (Whole.EQUAL,) * len(mesh.axes), layout.cuts)
+            for joined in interpreter.run(steps(layout.gradient, whole), [g[k] for g in found]):
+                np.testing.assert_allclose(
+                    joined, expected[k], rtol=1e-9, atol=1e-9, err_msg=str(split)
+                )
+
+
+def gradients(
+    output: torch.Tensor, operands: Sequence[torch.Tensor], upstream: torch.Tensor
+) -> list[interpreter.Array]:
+    wanted = [x for x in operands if x.requires_grad]
+    return [g.numpy() for g in torch.autograd.grad(output, wanted, upstream)]
+
+
+@every_mesh
 def test_a_mean_loss_is_the_sum_of_the_shares_of_the_samples(mesh: Mesh) -> None:
     case = pure(functional.mse_loss, (7, 5), (7, 5))
     graph, layer = whole_layer(case)
@@ -197,9 +260,10 @@ def test_a_mean_loss_is_the_sum_of_the_shares_of_the_samples(mesh: Mesh) -> None
     expected = functional.mse_loss(*inputs).numpy()
     for split in legal_splits(layer, graph, mesh, InputOutput.PER_RANK, Dimension):
         mine = layouts(layer, graph.inputs_of(layer), mesh, split)
+        read = operands(case, layer, mine, inputs)
         shares = [
-            (loss * mine.inputs[0].region(p).shape[0] / 7).numpy()
-            for p, loss in enumerate(computed_by_ranks(case, layer, mine, inputs))
+            (case.local(*local) * local[0].shape[0] / 7).detach().numpy()
+            for local in ([operand.piece(p) for operand in read] for p in range(mesh.size))
         ]
         for found in interpreter.run(steps(mine.computed, mine.output), shares):
             np.testing.assert_allclose(found, expected, err_msg=str(split))
@@ -239,7 +303,9 @@ def test_the_dimensions_of_an_operator(name: str, dimensions: set[Dimension]) ->
 
 def test_splits_that_leave_a_rank_empty_are_absent() -> None:
     assert (OUT,) in legal("conv with uneven channels", Mesh.of(gpu=4))  # 7 is 2, 2, 2, 1
-    assert (IN,) not in legal("conv with uneven channels", Mesh.of(gpu=4))  # 5 is 2, 2, 1 and nothing
+    assert (IN,) not in legal(
+        "conv with uneven channels", Mesh.of(gpu=4)
+    )  # 5 is 2, 2, 1 and nothing
     assert (SAMPLE,) not in legal("linear", Mesh.of(gpu=7))
     assert (SAMPLE, SAMPLE) not in legal("linear", Mesh.of(node=2, gpu=4))
 

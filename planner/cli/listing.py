@@ -1,0 +1,82 @@
+"""``models``, ``clusters`` and ``schema``: what is known by name."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from planner.cli.terminal import Terminal, rendered
+from planner.devices.graph import PRECISIONS
+from planner.report.tables import Table
+from planner.units import GB, TERA, format_seconds
+
+if TYPE_CHECKING:
+    from planner.devices import BusKind, DeviceKind, NetworkKind
+
+
+def models(terminal: Terminal) -> None:
+    """List the models that are known by name."""
+    from planner.models import ENTRIES
+
+    rows = tuple((entry.name, " x ".join(map(str, entry.input_shape)), entry.source) for entry in ENTRIES.values())
+    terminal.out.print(rendered(Table("Models", ("name", "one sample", "from"), rows, num_text=3)))
+    terminal.out.print(
+        "\nA model of your own is package.module:callable or path/to/file.py:callable; it takes "
+        "what --model-args says and returns a torch.nn.Module."
+    )
+
+
+def clusters(terminal: Terminal) -> None:
+    """List shipped machines, how names are made, and the kinds of devices and links."""
+    from planner.devices import bus_kinds, device_kinds, network_kinds
+    from planner.devices.library import GRAMMAR, clusters, equal_devices
+
+    found = tuple(clusters().items())
+    networks = tuple(_network_row(kind) for kind in network_kinds().values())
+    speeds = ("per direction", "latency")
+    for table in (
+        Table("Machines, for example", ("name", "what it is"), found, num_text=2),
+        Table(
+            "Devices",
+            ("name", "links", "memory", "memory rate", *PRECISIONS),
+            tuple(_device_row(kind) for kind in device_kinds().values()),
+            num_text=2,
+        ),
+        Table(
+            "Links inside a node",
+            ("name", *speeds),
+            tuple(_link_row(kind) for kind in bus_kinds().values()),
+        ),
+        Table("Networks between nodes", ("name", *speeds, "card per"), networks),
+    ):
+        terminal.out.print(rendered(table))
+        terminal.out.print()
+    terminal.out.print(GRAMMAR)
+    terminal.out.print("local-N is this host with N processes, measured on first use.")
+    terminal.out.print(
+        f"--devices N is Nxaccelerator-nvlink whatever the host, such as {equal_devices(4).name}: "
+        f"{device_kinds()['accelerator'].source}."
+    )
+
+
+def schema() -> None:
+    """Print the JSON Schema of the plan file."""
+    from planner.plan.schema import json_schema
+
+    typer.echo(json_schema())
+
+
+def _device_row(kind: "DeviceKind") -> tuple[str, ...]:
+    peaks = {str(precision): peak for precision, peak in kind.peak_flop_per_s.items()}
+    rates = (f"{peaks[p] / TERA:.3g} TFLOP/s" if p in peaks else "" for p in PRECISIONS)
+    memory = f"{kind.memory_bytes / GB:.3g} GB"
+    rate = f"{kind.memory_bandwidth_bytes_per_s / GB:.4g} GB/s"
+    return kind.name, " ".join(kind.links), memory, rate, *rates
+
+
+def _link_row(kind: "BusKind | NetworkKind") -> tuple[str, str, str]:
+    rate = f"{kind.bandwidth_bytes_per_s / GB:.3g} GB/s"
+    return kind.name, rate, format_seconds(kind.latency_s)
+
+
+def _network_row(kind: "NetworkKind") -> tuple[str, ...]:
+    return *_link_row(kind), kind.card_per

@@ -1,0 +1,95 @@
+"""The scripts ``layerwise`` and ``plan``: all commands, and what their errors look like."""
+
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from planner.cli import demo, listing, planning, reading, run
+from planner.cli.signature import with_fields
+from planner.cli.terminal import is_debugging
+from planner.errors import LayerwiseError
+
+EXIT_BUG: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def register(name: str, function: Callable[..., None]) -> None:
+    """Add a command; parameters that are dataclasses give it their fields as options."""
+    app.command(name)(with_fields(function))
+
+
+register("plan", planning.plan)
+register("show", reading.show)
+register("check", reading.check)
+register("compare", planning.compare)
+register("run", run.run)
+register("demo", demo.demo)
+register("models", listing.models)
+register("clusters", listing.clusters)
+register("schema", listing.schema)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"layerwise {metadata.version('layerwise')}")
+    except metadata.PackageNotFoundError:
+        typer.echo("layerwise, not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # its callback prints and exits
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Find the fastest way to train a CNN on given devices, layer by layer, and run it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run ``layerwise`` and end with its exit code, see ``planner.errors``.
+
+    Args:
+        arguments: of the command line; those of this process if left out.
+    """
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def plan() -> NoReturn:
+    """Run ``plan``, which is ``layerwise plan``."""
+    main(["plan", *sys.argv[1:]])
+
+
+def _run(arguments: Sequence[str]) -> int:
+    typed = shlex.join(["layerwise", *arguments])
+    try:
+        app(args=list(arguments), prog_name="layerwise", obj=typed)
+    except LayerwiseError as error:
+        if is_debugging():
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        traceback.print_exception(error)
+        print(
+            f"error: {type(error).__name__} in layerwise itself. Please report it with the lines "
+            f"above and the command: {typed}",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return 0

@@ -1,0 +1,126 @@
+"""What is asked of a plan on the command line: the options of ``plan`` and ``compare``."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+import typer
+
+from planner.errors import UnknownNameError, UsageError
+from planner.ir.split import Dimension
+from planner.units import parse_bytes, parse_seconds
+
+SAMPLES_PER_DEVICE: Final = 32
+"""The default batch."""
+IN_CHANNEL: Final = frozenset({Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
+SPLITTABLE: Final = tuple(d.value for d in Dimension if d not in {Dimension.REPLICATE, Dimension.BROADCAST})
+
+_MODEL_HELP: Final = "A name of `layerwise models`, package.module:callable or path/to/file.py:callable."
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was typed; the methods turn it into values.
+
+    Raises:
+        UsageError: from every method, where its text cannot be understood.
+    """
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+    devices: Annotated[int | None, typer.Option(min=1, metavar="N", help="That many equal accelerators.")] = None
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="A machine, such as 4xa100-nvlink or local-4."),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="B", help="Samples per step; 32 per device if left out."),
+    ] = None
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="3,224,224", help="Size of one sample; repeat per input."),
+    ] = None
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32"
+    optimizer: Annotated[Literal["sgd", "momentum", "adam"], typer.Option(help="For its memory and time.")] = "momentum"
+    solver: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto, dp, ilp, exhaustive, or a fixed strategy: data, model, model-in, conv-data-fc-model.",
+        ),
+    ] = "auto"
+    dims: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="What may be split, such as sample,out_channel."),
+    ] = None
+    mesh: Annotated[str | None, typer.Option(metavar="node=8,gpu=4x2", help="The mesh; searched if left out.")] = None
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="16GiB", help="Per device; the smallest device's memory if left out."),
+    ] = None
+    time_limit: Annotated[str, typer.Option(metavar="60s", help="For the search.")] = "60s"
+    io: Annotated[
+        Literal["per-rank", "global"] | None,
+        typer.Option(
+            help="Each rank passes its own samples, or every rank the whole batch; per-rank where "
+            "every rank gets a sample, if left out."
+        ),
+    ] = None
+    sync_batch_norm: Annotated[
+        bool,
+        typer.Option(
+            "--sync-batch-norm/--no-sync-batch-norm",
+            help="Statistics over the global batch, or each rank's own as with plain DDP.",
+        ),
+    ] = True
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="For the model's callable; repeat for more."),
+    ] = None
+
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the size of one sample of each ``--input``."""
+        return tuple(_shape(text) for text in self.shapes or ())
+
+    def dimensions(self) -> frozenset[Dimension] | None:
+        """Return ``--dims``; ``in_channel`` stands for both of its forms."""
+        if self.dims is None:
+            return None
+        return frozenset(d for name in self.dims.split(",") for d in _dimensions(name.strip()))
+
+    def memory_limit_bytes(self) -> int | None:
+        """Return ``--memory-limit``."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+    def time_limit_s(self) -> float:
+        """Return ``--time-limit``."""
+        return parse_seconds(self.time_limit)
+
+    def arguments(self) -> dict[str, str | int | float | bool]:
+        """Return ``--model-args``."""
+        return dict(_argument(part) for text in self.model_args or () for part in text.split(","))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
+        raise UsageError(f"--input {text!r} is not a size of one sample, such as 3,224,224")
+    return tuple(map(int, sizes))
+
+
+def _dimensions(name: str) -> Iterator[Dimension]:
+    if name not in SPLITTABLE:
+        raise UnknownNameError("dimension", name, SPLITTABLE, "(--dims)")
+    yield from IN_CHANNEL if name == Dimension.IN_CHANNEL else (Dimension(name),)
+
+
+def _argument(text: str) -> tuple[str, str | int | float | bool]:
+    name, equals, value = text.strip().partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--model-args {text!r} is not of the form key=value")
+    try:
+        found = json.loads(value.lower() if value in {"True", "False"} else value)
+    except ValueError:
+        found = value
+    return name, found if isinstance(found, int | float | bool) else value

@@ -1,0 +1,133 @@
+"""``plan`` and ``compare``: the commands that search."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from planner.cli.options import SAMPLES_PER_DEVICE, Asked
+from planner.cli.terminal import Terminal, rendered
+from planner.errors import UsageError
+from planner.report import tables
+
+if TYPE_CHECKING:
+    from planner.api import Comparison, Planner
+
+EXIT_LOST: Final = 6
+"""Of ``compare --fail-if-lost``: a fixed strategy is faster."""
+
+
+def plan(
+    context: typer.Context,
+    asked: Asked,
+    terminal: Terminal,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan here instead of stdout.")
+    ] = None,
+) -> None:
+    """Find the fastest training step and write it as a plan.
+
+    Without -o the plan is printed on stdout, and nothing else is.
+    """
+    if output is not None:
+        _refuse_unwritable(output)
+    found = prepared(asked, terminal, context.obj or "").plan()
+    if output is None:
+        typer.echo(found.to_json(), nl=False)
+        return
+    found.save(output)
+    rows = tables.rows_of_plan(found)
+    terminal.err.print(rendered(tables.strategies(rows)))
+    for sentence in tables.standing_sentences(rows, found.search.lower_bound_s):
+        terminal.err.print(sentence)
+    terminal.err.print(f"wrote {output}")
+
+
+def compare(
+    asked: Asked,
+    terminal: Terminal,
+    fail_if_lost: Annotated[
+        bool, typer.Option("--fail-if-lost", help="Exit with 6 where a fixed strategy is faster.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Hold the planned strategy against every fixed one, by prediction."""
+    from planner.api import compare_with
+
+    found = compare_with(prepared(asked, terminal))
+    rows = tables.rows_of_search(found.rows, found.fits, found.planner.traced.layers.batch)
+    if as_json:
+        typer.echo(json.dumps(_document(found, rows), indent=2))
+    else:
+        terminal.out.print(rendered(tables.strategies(rows)))
+        planned = found.planned
+        terminal.out.print(tables.bound_sentence(planned.timeline.step_s, planned.lower_bound_s))
+        for sentence in tables.standing_sentences(rows, planned.lower_bound_s):
+            terminal.out.print(sentence)
+    if fail_if_lost and found.planned_lost:
+        raise typer.Exit(EXIT_LOST)
+
+
+def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
+    """Return the traced model on its machine; what is wrong with a request shows here.
+
+    Args:
+        asked: the request.
+        terminal: for notes.
+        command: what was typed, for the plan's provenance.
+
+    Raises:
+        LayerwiseError: a part of the request is wrong, or the model cannot be traced.
+    """
+    from planner.api import Options, Origin, example_inputs, machine_of, prepare
+    from planner.frontend.source import load_model
+    from planner.space.enumerate import DEFAULT_DIMENSIONS
+
+    arguments, shapes = asked.arguments(), asked.input_shapes()
+    options = Options(
+        asked.solver, asked.memory_limit_bytes(), asked.precision, asked.optimizer,
+        asked.sync_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
+        asked.time_limit_s(),
+    )  # fmt: skip
+    machine = machine_of(asked.cluster, asked.devices, asked.precision)
+    model = load_model(asked.model, arguments)
+    if not shapes and model.input_shape is None:
+        raise UsageError(f"the input size of {asked.model!r} is not known: give --input, as in --input 3,224,224")
+    num_ranks = len(machine.graph.devices)
+    batch = asked.batch or SAMPLES_PER_DEVICE * num_ranks
+    if batch % num_ranks:
+        terminal.err.print(f"note: {_uneven(batch, num_ranks)}")
+    inputs = example_inputs(shapes or [model.input_shape or ()], batch)
+    origin = Origin(model.name, model.source, arguments, command)
+    return prepare(model.module, inputs, machine, options, origin)
+
+
+def _uneven(batch: int, num_ranks: int) -> str:
+    if batch < num_ranks:
+        return f"batch {batch} has fewer samples than the machine has devices, {num_ranks}"
+    return (
+        f"batch {batch} does not divide by {num_ranks} devices: where samples are split over all "
+        "of them, some get one more than others"
+    )
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Refuse a place that cannot be written, before a long search."""
+    if path.is_dir():
+        raise UsageError(f"cannot write {str(path)!r}: it is a folder")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def _document(found: "Comparison", rows: tuple[tables.StrategyRow, ...]) -> dict[str, object]:
+    layers, machine = found.planner.traced.layers, found.planner.machine.graph
+    return {
+        "model": layers.name,
+        "batch": layers.batch,
+        "cluster": machine.name,
+        "lower_bound_s": found.planned.lower_bound_s,
+        "planned_lost": found.planned_lost,
+        "strategies": [dataclasses.asdict(row) for row in rows],
+    }

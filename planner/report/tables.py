@@ -1,0 +1,229 @@
+"""Rows and columns of what ``show``, ``plan -o`` and ``compare`` print, as plain data.
+
+Seconds are per step; memory and communication are those of the busiest device.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from planner.plan.schema import LayerPart, Plan
+from planner.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from planner.search.auto import Planned
+
+EQUAL: Final = 1e-9
+"""Relative difference up to which two predicted steps are the same: rounding."""
+UNKNOWN: Final = "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: above it; empty for none.
+        columns: headings.
+        rows: of as many cells.
+        num_text: leading columns that are text; the others are numbers, aligned to the right.
+        emphasis: index of the row that stands out, if any.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_text: int = 1
+    emphasis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyRow:
+    """What is predicted for one strategy; None where it is not known.
+
+    Attributes:
+        name: of the solver or fixed strategy.
+        speed_up: over ``data``.
+        num_replaced: layers that could not follow the rule of a fixed strategy.
+        fits: obeys the memory limit.
+        is_planned: the strategy that was asked for, to be held against the fixed ones.
+    """
+
+    name: str
+    step_s: float
+    samples_per_s: float
+    speed_up: float | None
+    communication_bytes: float
+    exposed_s: float | None
+    memory_bytes: int
+    num_replaced: int
+    fits: bool | None
+    is_planned: bool
+
+
+def rows_of_plan(plan: Plan) -> tuple[StrategyRow, ...]:
+    """Return the fixed strategies that a plan was held against, and the plan, last."""
+    data_s = next((b.step_s for b in plan.baselines if b.name == "data"), None)
+    limit = plan.search.memory_limit_bytes
+
+    def fits(memory_bytes: int) -> bool | None:
+        return None if limit is None else memory_bytes <= limit
+
+    fixed = (
+        StrategyRow(
+            b.name, b.step_s, plan.batch / b.step_s, _ratio(data_s, b.step_s),
+            b.communication_bytes, None, b.memory_bytes, b.num_replaced, fits(b.memory_bytes),
+            is_planned=False,
+        )
+        for b in plan.baselines
+    )  # fmt: skip
+    totals, solver = plan.totals, plan.search.solver
+    planned = StrategyRow(
+        solver, totals.step_s, totals.samples_per_s, _ratio(data_s, totals.step_s),
+        totals.communication_bytes, totals.exposed_s, totals.memory_bytes,
+        next((b.num_replaced for b in plan.baselines if b.name == solver), 0),
+        fits=True, is_planned=True,
+    )  # fmt: skip
+    return (*fixed, planned)
+
+
+def rows_of_search(found: Sequence["Planned"], fits: Sequence[bool], batch: int) -> tuple[StrategyRow, ...]:
+    """Return the strategies of a comparison; the planned one is the last."""
+    data_s = next((row.timeline.step_s for row in found[:-1] if row.solver == "data"), None)
+    return tuple(
+        StrategyRow(
+            row.solver, t.step_s, batch / t.step_s, _ratio(data_s, t.step_s), t.communication_bytes,
+            t.exposed_s, t.memory_bytes, row.num_replaced, ok, row is found[-1],
+        )
+        for row, ok, t in ((row, ok, row.timeline) for row, ok in zip(found, fits, strict=True))
+    )  # fmt: skip
+
+
+def strategies(rows: Sequence[StrategyRow]) -> Table:
+    """Return the strategies side by side; a column that is known of none is left out."""
+    columns = {
+        "strategy": [f"planned ({r.name})" if r.is_planned else r.name for r in rows],
+        "step": [format_seconds(r.step_s, 5) for r in rows],
+        "samples/s": [format_count(r.samples_per_s) for r in rows],
+        "over data": [f"{r.speed_up:.3f}x" if r.speed_up else UNKNOWN for r in rows],
+        "communication": [format_bytes(r.communication_bytes) for r in rows],
+        "exposed": [UNKNOWN if r.exposed_s is None else format_seconds(r.exposed_s) for r in rows],
+        "memory": [format_bytes(r.memory_bytes) for r in rows],
+        "replaced": [f"{r.num_replaced}" for r in rows],
+        "fits": [UNKNOWN if r.fits is None else "yes" if r.fits else "no" for r in rows],
+    }
+    if all(row.fits is None for row in rows if not row.is_planned):
+        del columns["fits"]
+    emphasis = next((i for i, row in enumerate(rows) if row.is_planned), None)
+    cells = tuple(zip(*columns.values(), strict=True))
+    return Table("Strategies, predicted", tuple(columns), cells, emphasis=emphasis)
+
+
+def summary(plan: Plan) -> Table:
+    """Return what a plan is for and what it promises."""
+    totals, mesh = plan.totals, plan.mesh
+    axes = " x ".join(f"{axis.name}={axis.size}" for axis in mesh.axes) or "one device"
+    samples = "each rank its own samples" if plan.io == "per-rank" else "every rank the whole batch"
+    limit = plan.search.memory_limit_bytes
+    norm = "" if plan.sync_batch_norm else ", batch norm of each rank's own samples"
+    rows = {
+        "model": f"{plan.model.name}, {format_count(plan.model.num_params)} parameters",
+        "machine": f"{plan.cluster.name}, {_counted(plan.cluster.num_devices, 'device')}",
+        "mesh": axes,
+        "batch": f"{plan.batch}, {samples}",
+        "numbers": f"{plan.precision}, {plan.optimizer}{norm}",
+        "step": f"{format_seconds(totals.step_s)}, {format_count(totals.samples_per_s)} samples/s",
+        "compute": format_seconds(totals.compute_s),
+        "exposed communication": format_seconds(totals.exposed_s),
+        "communication per device": format_bytes(totals.communication_bytes),
+        "memory per device": format_bytes(totals.memory_bytes)
+        + (f" of {format_bytes(limit)} allowed" if limit is not None else ""),
+        "solver": f"{plan.search.solver}, {plan.search.status}, out of {plan.search.num_strategies} strategies",
+    }
+    return Table("Plan", ("", ""), tuple(rows.items()), num_text=2)
+
+
+def layers(plan: Plan, grouped: bool = False) -> Table:
+    """Return the split and prediction of every layer.
+
+    Args:
+        plan: the plan.
+        grouped: join consecutive layers with the same operator and split; their figures add up.
+    """
+    axes = tuple(axis.name for axis in plan.mesh.axes)
+    figures = ("compute", "transfer", "sync", "exposed", "memory")
+    runs = _runs(plan.stages[0].layers) if grouped else ([x] for x in plan.stages[0].layers)
+    rows = tuple(
+        (
+            run[0].id if len(run) == 1 else f"{run[0].id} … {run[-1].id} ({len(run)})",
+            run[0].op,
+            *run[0].split.values(),
+            format_seconds(sum(layer.cost.compute_s for layer in run)),
+            format_seconds(sum(layer.cost.transfer_s + layer.cost.halo_s for layer in run)),
+            format_seconds(sum(layer.cost.sync_s for layer in run)),
+            format_seconds(sum(layer.cost.exposed_s for layer in run)),
+            format_bytes(sum(layer.memory_bytes for layer in run)),
+        )
+        for run in runs
+    )
+    return Table("Layers", ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes))
+
+
+def bound_sentence(step_s: float, lower_bound_s: float) -> str:
+    """Return what the bound says about better plans."""
+    left = max(1 - lower_bound_s / step_s, 0.0) if step_s else 0.0
+    return f"Bound: on this mesh no strategy has a predicted step below {format_seconds(lower_bound_s, 5)}; " + (
+        f"a better plan could save at most {percent(left)}." if left else "this one reaches it."
+    )
+
+
+def measured_sentence(compute_s: float, estimated_s: float) -> str:
+    """Return how much of the predicted compute time was measured."""
+    share = 1 - estimated_s / compute_s if compute_s else 0.0
+    if share <= 0:
+        return "Measured: nothing; all compute times are estimated from the device's rates."
+    return (
+        f"Measured: {percent(share)} of the compute time rests on measured layers; "
+        "the rest is estimated from the device's rates."
+    )
+
+
+def standing_sentences(rows: Sequence[StrategyRow], lower_bound_s: float) -> tuple[str, ...]:
+    """Return how the planned strategy stands against fixed ones that it does not beat, and why."""
+    planned = next(row for row in rows if row.is_planned)
+    return tuple(_standing(planned, rows, lower_bound_s))
+
+
+def _standing(planned: StrategyRow, rows: Sequence[StrategyRow], lower_bound_s: float) -> Iterator[str]:
+    rivals = [row for row in rows if row.fits is not False and row.name != planned.name]
+    for row in rivals:
+        if row.step_s < planned.step_s * (1 - EQUAL):
+            saved = percent(1 - row.step_s / planned.step_s)
+            yield f"{row.name} is faster than the planned strategy by {saved}: the planned one lost."
+    equal = [row.name for row in rivals if abs(row.step_s - planned.step_s) <= EQUAL * planned.step_s]
+    if equal:
+        left = 1 - lower_bound_s / planned.step_s
+        why = (
+            f"nothing faster was found, and the bound leaves at most {percent(left)} to gain"
+            if left > EQUAL else "the bound proves that nothing is faster"
+        )  # fmt: skip
+        yield f"As fast as the planned strategy: {', '.join(equal)}; {why}."
+
+
+def percent(share: float) -> str:
+    """Return a share as text, three significant digits."""
+    return f"{100 * share:.3g} %"
+
+
+def _ratio(reference_s: float | None, step_s: float) -> float | None:
+    return None if reference_s is None else reference_s / step_s
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _runs(found: Sequence[LayerPart]) -> Iterator[list[LayerPart]]:
+    for _, run in itertools.groupby(found, key=lambda layer: (layer.op, layer.split)):
+        yield list(run)
