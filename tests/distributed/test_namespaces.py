@@ -16,17 +16,11 @@ def namespaces_of(pid: int) -> list[str]:
     return [line for line in listing.stdout.splitlines() if line.startswith(f"layerwise-{pid}-")]
 
 
-@pytest.mark.parametrize(
-    ("num_hosts", "rate_bytes_per_s", "num_bytes"), [(2, 12.5e6, 5_000_000), (3, 1e6, 300_000)]
-)
-def test_a_link_has_the_rate_asked_for(
-    num_hosts: int, rate_bytes_per_s: float, num_bytes: int
-) -> None:
+@pytest.mark.parametrize(("num_hosts", "rate_bytes_per_s", "num_bytes"), [(2, 12.5e6, 5_000_000), (3, 1e6, 300_000)])
+def test_a_link_has_the_rate_asked_for(num_hosts: int, rate_bytes_per_s: float, num_bytes: int) -> None:
     with two_hosts(rate_bytes_per_s, num_hosts) as hosts:
         argument: JsonValue = {"address": hosts.address(1), "port": PORT, "num_bytes": num_bytes}
-        seconds, *_ = run_local(
-            "support.ranks:transfer", argument, num_ranks=num_hosts, timeout_s=90, hosts=hosts
-        )
+        seconds, *_ = run_local("support.ranks:transfer", argument, num_ranks=num_hosts, timeout_s=90, hosts=hosts)
     assert isinstance(seconds, float)
     assert num_bytes / seconds == pytest.approx(rate_bytes_per_s, rel=0.15)
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from runtime.launch import Process
 from runtime.parallel import ParallelModule, lower, parallelize, trace_for
 from runtime.training import own_samples
 
+T = TypeVar("T")
+
 STEPS = 3
 CLASSES = 10
 TOLERANCE = 1e-9
@@ -40,7 +42,7 @@ class Net:
 
 NETS = {
     "lenet5": Net(lenet5, (1, 32, 32)),
-    "alexnet": Net(lambda: alexnet(width=0.125, num_classes=CLASSES, hidden=48, dropout=0.0), (3, 67, 67)),
+    "alexnet": Net(lambda: alexnet(width=0.125, num_classes=CLASSES, hidden=48, dropout=0.0), (3, 63, 63)),
     "vgg": Net(
         lambda: vgg("a", batch_norm=True, width=0.125, num_classes=CLASSES, hidden=24, dropout=0.0),
         (3, 32, 32),
@@ -118,22 +120,32 @@ def train_rank(net: ParallelModule, name: str, rank: int) -> list[float]:
     return train(net, x[part], target[part], share)
 
 
+def own_parts(plan: Plan, traced: TracedModel, position: int) -> dict[str, tuple[slice, ...]]:
+    """Return which part of every parameter and buffer a rank holds."""
+    graph = traced.layers
+    found = {}
+    for layer in graph.layers:
+        mine = layouts(layer, graph.inputs_of(layer), plan.mesh, plan.strategy[layer.id])
+        for parameter, layout in zip(layer.params, mine.params, strict=True):
+            region = layout.region(position)
+            found[parameter.name] = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
+    return found
+
+
 def worst_difference(net: ParallelModule, traced: TracedModel, expected: Reference, position: int) -> float:
     """Return the largest relative difference of a rank's weights, buffers and gradients from one device's."""
-    plan, graph = net.plan, traced.layers
-    mine = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     worst = 0.0
-    for layer in graph.layers:
-        found = layouts(layer, graph.inputs_of(layer), plan.mesh, plan.strategy[layer.id])
-        for parameter, layout in zip(layer.params, found.params, strict=True):
-            region = layout.region(position)
-            part = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
-            pairs = [(mine[parameter.name].detach(), expected.tensors[parameter.name], expected.tensors)]
-            if parameter.trainable:
-                gradient = mine[parameter.name].grad
-                assert gradient is not None, f"{parameter.name} has no gradient"
-                pairs.append((gradient, expected.gradients[parameter.name], expected.gradients))
-            worst = max(worst, *(relative(a, b[part], _scale(b, everything)) for a, b, everything in pairs))
+    gradients = {n: p.grad for n, p in net.named_parameters()}
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    for name, part in own_parts(net.plan, traced, position).items():
+        pairs = [(tensors[name].detach(), expected.tensors)]
+        if name in expected.gradients:
+            gradient = gradients[name]
+            assert gradient is not None, f"{name} has no gradient"
+            pairs.append((gradient, expected.gradients))
+        for mine, everything in pairs:
+            whole = everything[name]
+            worst = max(worst, relative(mine, whole[part], _scale(whole, everything)))
     return worst
 
 
@@ -152,33 +164,51 @@ def relative(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float
     return float((found - expected).abs().max()) / scale
 
 
-def on_threads(name: str, plan: Plan) -> float:
-    """Return the largest relative difference over all ranks, which run as threads of this process."""
-    expected = reference(name)
+def run_ranks(
+    build_net: Callable[[], nn.Module], plan: Plan, work: Callable[[ParallelModule, TracedModel, int], T]
+) -> list[T]:
+    """Call a function with the parallel module of every rank; the ranks are threads of this process.
+
+    Args:
+        build_net: the whole model; each rank gets one.
+        plan: of the model.
+        work: gets the module, the traced model and the position of the rank in the mesh.
+    """
     world = ThreadWorld(plan.mesh)
-    models = [build(name) for _ in range(plan.mesh.size)]
+    models = [build_net() for _ in range(plan.mesh.size)]
     traces = [trace_for(model, plan) for model in models]  # fx patches modules globally while it traces
-    losses: list[list[float]] = [[] for _ in models]
-    worst = [0.0 for _ in models]
+    results: dict[int, T] = {}
     errors: list[BaseException] = []
 
-    def work(position: int) -> None:
+    def rank(position: int) -> None:
         try:
             net = lower(models[position], traces[position], plan, ThreadCommunicator(world, position))
-            losses[position] = train_rank(net, name, plan.mesh.ranks[position])
-            worst[position] = worst_difference(net, traces[position], expected, position)
+            results[position] = work(net, traces[position], position)
         except BaseException as error:
             errors.append(error)
             world.abort()
 
-    threads = [threading.Thread(target=work, args=(position,)) for position in range(plan.mesh.size)]
+    threads = [threading.Thread(target=rank, args=(position,)) for position in range(plan.mesh.size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
-    return max(*worst, loss_difference([sum(column) for column in zip(*losses, strict=True)], expected))
+    return [results[position] for position in range(plan.mesh.size)]
+
+
+def on_threads(name: str, plan: Plan) -> float:
+    """Return the largest relative difference from one device over all ranks."""
+    expected = reference(name)
+
+    def work(net: ParallelModule, traced: TracedModel, position: int) -> tuple[list[float], float]:
+        losses = train_rank(net, name, plan.mesh.ranks[position])
+        return losses, worst_difference(net, traced, expected, position)
+
+    found = run_ranks(lambda: build(name), plan, work)
+    losses = [sum(column) for column in zip(*(losses for losses, _ in found), strict=True)]
+    return max(loss_difference(losses, expected), *(worst for _, worst in found))
 
 
 def loss_difference(losses: list[float], expected: Reference) -> float:

@@ -117,7 +117,7 @@ def test_the_options_of_plan_reach_the_plan() -> None:
     options = (
         "--precision", "bf16", "--optimizer", "adam", "--io", "global", "--no-sync-batch-norm",
         "--mesh", "gpu=2x2", "--memory-limit", "16GiB", "--dims", "sample,in_channel", "--solver", "dp",
-        "--model-args", "width=2,num_classes=7", "--input", "1,48,48",
+        "--model-args", "width=2,num_classes=7", "--input", "1,32,32",
     )  # fmt: skip
     ran = layerwise("plan", "lenet5", "--cluster", "4xa100-nvlink", "--batch", "12", *options)
     plan = Plan.from_json(ran.out)
@@ -125,7 +125,7 @@ def test_the_options_of_plan_reach_the_plan() -> None:
     assert [axis.name for axis in plan.mesh.axes] == ["gpu0", "gpu1"]
     assert (plan.search.memory_limit_bytes, plan.search.solver) == (16 * 2**30, "dp")
     assert plan.model.arguments == {"width": 2, "num_classes": 7}
-    assert plan.model.inputs[0].shape == [12, 1, 48, 48]
+    assert plan.model.inputs[0].shape == [12, 1, 32, 32]
     found = {d.value for split in plan.strategy.values() for d in split.dimensions}
     assert found <= {"sample", "in_channel", "in_channel_scatter", "replicate", "broadcast"}
     assert plan.provenance.command.startswith("layerwise plan lenet5 --cluster 4xa100-nvlink --batch 12 ")
@@ -234,10 +234,10 @@ def test_schema_prints_the_json_schema() -> None:
     assert layerwise("schema").out == json_schema() + "\n"
 
 
-def test_help_names_every_solver() -> None:
-    ran = layerwise("plan", "--help")
-    text = " ".join(ran.out.replace("│", " ").split())
-    assert all(name in text for name in SOLVERS)
+def test_help_names_every_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    text = layerwise("plan", "--help").out
+    assert [name for name in SOLVERS if name not in text] == []
 
 
 def test_version() -> None:
@@ -389,7 +389,7 @@ def test_check_runs_code_of_the_user_only_when_asked(tmp_path: Path, monkeypatch
     Path("was_run").unlink()
     ran = layerwise("check", "plan.json")
     assert ran.code == 0
-    assert "not checked, because nets.py:net is no shipped model" in ran.out
+    assert "not checked, because 'nets.py:net' is no shipped model" in ran.out
     assert not Path("was_run").exists()
     assert "every split is legal" in layerwise("check", "plan.json", "--model").out
     assert Path("was_run").exists()

@@ -20,6 +20,7 @@ dist.all_reduce(total := torch.ones(1))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
     sys.exit(1)
 print(f"total {total.item()} of rank {process.rank}", flush=True)
+dist.destroy_process_group()  # without it, gloo's threads abort some exits
 """
 PARENT = "import sys; from runtime.launch import run_local; "
 
@@ -61,12 +62,9 @@ def test_an_environment_without_a_group_is_a_usage_error_that_names_what_is_miss
 @pytest.mark.dist
 def test_results_come_back_in_rank_order() -> None:
     argument = {"x": [1, 2.5, None]}
-    results = run_local(
-        "support.ranks:describe", argument, num_ranks=3, timeout_s=60, threads_per_rank=2
-    )
+    results = run_local("support.ranks:describe", argument, num_ranks=3, timeout_s=60, threads_per_rank=2)
     assert results == [
-        {"argument": argument, "place": [r, 3, r], "same": True, "num_threads": 2, "sum": 6.0}
-        for r in range(3)
+        {"argument": argument, "place": [r, 3, r], "same": True, "num_threads": 2, "sum": 6.0} for r in range(3)
     ]
 
 
@@ -74,16 +72,14 @@ def test_results_come_back_in_rank_order() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("exception", "rank 1 exited with code 1;.*rank 1 was here.*ValueError: boom$"),
+        ("exception", r"rank 1 exited with code 1;.*rank 1 was here.*ValueError: boom$"),
         ("sigkill", "rank 1 was killed by SIGKILL.*rank 1 was here$"),
         ("silence", "rank 1 exited with code 1;.*rank 1 was here.*SystemExit: 0$"),
     ],
 )
-def test_the_rank_that_failed_is_blamed_not_those_that_waited_for_it(
-    kind: str, message: str
-) -> None:
+def test_the_rank_that_failed_is_blamed_not_those_that_waited_for_it(kind: str, message: str) -> None:
     start_s = time.monotonic()
-    with pytest.raises(RunError, match=f"(?s){message}"):
+    with pytest.raises(RunError, match=rf"(?s){message}"):
         run_local("support.ranks:fail", kind, num_ranks=2, timeout_s=60)
     assert time.monotonic() - start_s < 20  # the start takes most of it
 

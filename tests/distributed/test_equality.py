@@ -1,0 +1,32 @@
+"""Plans on real gloo processes equal one device in float64."""
+
+import os
+
+import pytest
+
+from runtime.launch import run_local
+from support.equality import NETS, TOLERANCE, loss_difference, planner_for, random_plan, reference
+
+FIXED = ("data", "model", "model-in", "conv-data-fc-model", "auto")
+NUM_RANDOM = 30 if os.environ.get("LAYERWISE_FULL") else 4
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_fixed_planned_and_random_strategies_equal_one_device(num_ranks: int) -> None:
+    cases = []
+    for name in NETS:
+        planner = planner_for(name, num_ranks)
+        plans = {s: planner_for(name, num_ranks, solver=s).plan() for s in FIXED}
+        plans |= {f"random {seed}": random_plan(planner, seed) for seed in range(NUM_RANDOM)}
+        cases += [{"net": name, "strategy": s, "plan": p.to_json()} for s, p in plans.items()]
+    ranks = run_local("support.equality:on_process", {"cases": cases}, num_ranks=num_ranks, timeout_s=3000.0)
+    references = {name: reference(name) for name in NETS}
+    failed = []
+    for case, results in zip(cases, zip(*ranks, strict=True), strict=True):
+        losses = [sum(column) for column in zip(*(r["losses"] for r in results), strict=True)]
+        worst = max(loss_difference(losses, references[case["net"]]), *(r["worst"] for r in results))
+        if not worst < TOLERANCE:
+            failed.append(f"{case['net']} under {case['strategy']}: {worst:.2e}")
+    assert failed == []
