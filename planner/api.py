@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from planner.plan.schema import Plan
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
 from planner.search.auto import SOLVERS, Planned, Search
-from planner.search.fixed import FIXED
+from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits
 from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
 
@@ -45,6 +45,8 @@ MEASURE_TIMEOUT_S = 600.0
 
 MAX_MESHES = 6
 """Candidate meshes that are searched: whole levels first, then their factorings."""
+MAX_AXES = 3
+"""Of a candidate mesh; the splits of a layer are up to 5 to the power of its axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ class Planner:
         graph = self.machine.graph
         if self.options.mesh is not None:
             return [graph.parse_mesh(self.options.mesh)]
-        return list(graph.meshes())[:MAX_MESHES]
+        return [mesh for mesh in graph.meshes() if len(mesh.axes) <= MAX_AXES][:MAX_MESHES]
 
     def table(self, mesh: Mesh) -> CostTable:
         """Return the priced search space on a mesh."""
@@ -220,14 +222,19 @@ class Planner:
 
     def search(self, mesh: Mesh) -> Search:
         """Return the solvers on a mesh."""
-        limit = self.options.memory_limit_bytes
-        if limit is None:
-            limit = min(device.memory_bytes for device in self.machine.graph.devices)
-        return Search(self.table(mesh), limit, Limits(self.options.time_limit_s))
+        return Search(self.table(mesh), self.limit_bytes, Limits(self.options.time_limit_s))
+
+    @property
+    def limit_bytes(self) -> int:
+        """The memory limit per device: the one asked for, or the smallest device's."""
+        if self.options.memory_limit_bytes is not None:
+            return self.options.memory_limit_bytes
+        return min(device.memory_bytes for device in self.machine.graph.devices)
 
     def best(self) -> tuple[Search, Planned]:
         """Return the best plan over the candidate meshes, with the search it comes from.
 
+        Its lower bound is that of all meshes that were searched.
         Fixed strategies use the mesh of whole levels only: on it they are what their users run.
         """
         meshes = self.meshes()
@@ -243,7 +250,9 @@ class Planner:
             planned = search.solve(self.options.solver)
             found.append((search, planned))
             _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
-        return min(found, key=lambda pair: pair[1].timeline.step_s)
+        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
+        bound_s = min(each.lower_bound_s for _, each in found)
+        return search, replace(planned, lower_bound_s=bound_s)
 
     def baselines(self) -> list[Planned]:
         """Return every fixed strategy on the mesh of whole levels, whether or not it fits."""
@@ -256,7 +265,6 @@ class Planner:
 
     def plan_of(self, search: Search, planned: Planned) -> Plan:
         """Return a strategy as a plan, with the fixed strategies beside it."""
-        options = self.options
         inputs = [
             (layer.id, layer.output.shape, layer.output.dtype.value)
             for layer in self.traced.layers.layers if layer.op.kind == "input"
@@ -265,7 +273,7 @@ class Planner:
             self.origin.source,
             self.origin.arguments,
             inputs,
-            options.memory_limit_bytes,
+            self.limit_bytes,
             self.origin.command,
         )
         return build_plan(search.table, _found(planned), [_found(b) for b in self.baselines()], request)
@@ -302,6 +310,7 @@ def prepare(
         raise UnknownNameError("solver", options.solver, SOLVERS)
     if not example_inputs or not example_inputs[0].dim() or example_inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
+    options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
     traced = trace_layers(model, tuple(example_inputs), origin.name)
     _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
@@ -316,7 +325,7 @@ def plan_model(
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,
-    **options: object,
+    **options: Any,
 ) -> Plan:
     """Plan the fastest training step of a CNN on a machine.
 
@@ -332,7 +341,7 @@ def plan_model(
     Raises:
         LayerwiseError: see ``planner.errors`` for the cases.
     """
-    asked = Options(**options)  # type: ignore[arg-type]  # dataclass fields by name
+    asked = Options(**options)
     found = machine or machine_of(cluster, devices, asked.precision)
     name = origin or Origin(type(model).__name__, f"{type(model).__module__}:{type(model).__qualname__}")
     return prepare(model, example_inputs, found, asked, name).plan()
@@ -373,10 +382,10 @@ def compare(
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,
-    **options: object,
+    **options: Any,
 ) -> Comparison:
     """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
-    asked = Options(**options)  # type: ignore[arg-type]  # dataclass fields by name
+    asked = Options(**options)
     found = machine or machine_of(cluster, devices, asked.precision)
     planner = prepare(model, example_inputs, found, asked, origin or Origin(type(model).__name__))
     return compare_with(planner)

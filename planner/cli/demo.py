@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from planner.cli.terminal import Terminal
 from planner.plan import Plan
 from planner.units import format_bytes, format_seconds, parse_bit_rate
 
@@ -25,6 +26,7 @@ TIMEOUT_S: Final = 600.0
 
 
 def demo(
+    terminal: Terminal,
     link: Annotated[
         str | None,
         typer.Option(help="Two hosts joined by a link of this rate, such as 1gbit (root only; network namespaces)."),
@@ -35,7 +37,7 @@ def demo(
 
     Images: the 1,797 digits that come with scikit-learn. Takes about a minute on two cores.
     """
-    console = Console()
+    console = terminal.out
     console.print(
         "Two processes, real images (scikit-learn's digits), fp32, SGD with momentum. Layers and links of this machine "
         "are measured first; each strategy trains the same network on the same batches.\n"

@@ -39,7 +39,7 @@ class Asked:
     ] = None
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="3,224,224", help="Size of one sample; repeat per input."),
+        typer.Option("--input", metavar="SIZES", help="One sample, such as 3,224,224; repeat per input."),
     ] = None
     precision: Annotated[Literal["fp32", "tf32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32"
     optimizer: Annotated[Literal["sgd", "momentum", "adam"], typer.Option(help="For its memory and time.")] = "momentum"
@@ -47,33 +47,34 @@ class Asked:
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, dp, ilp, exhaustive, or a fixed strategy: data, model, model-in, conv-data-fc-model.",
+            help="auto, dp, ilp, exhaustive, or a fixed strategy: data, model (model-out), model-in, conv-data-fc-model.",
         ),
     ] = "auto"
     dims: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="What may be split, such as sample,out_channel."),
     ] = None
-    mesh: Annotated[str | None, typer.Option(metavar="node=8,gpu=4x2", help="The mesh; searched if left out.")] = None
+    mesh: Annotated[str | None, typer.Option(metavar="SIZES", help="Such as node=8,gpu=4x2; searched if left out.")] = (
+        None
+    )
     memory_limit: Annotated[
         str | None,
-        typer.Option(metavar="16GiB", help="Per device; the smallest device's memory if left out."),
+        typer.Option(metavar="BYTES", help="Per device, such as 16GiB; all of its memory if left out."),
     ] = None
-    time_limit: Annotated[str, typer.Option(metavar="60s", help="For the search.")] = "60s"
+    time_limit: Annotated[str, typer.Option(metavar="TIME", help="For the search.")] = "60s"
     io: Annotated[
         Literal["per-rank", "global"] | None,
         typer.Option(
-            help="Each rank passes its own samples, or every rank the whole batch; per-rank where "
-            "every rank gets a sample, if left out."
+            help="Each rank passes its own samples, the default where there are enough, or the whole batch.",
         ),
     ] = None
-    sync_batch_norm: Annotated[
+    local_batch_norm: Annotated[
         bool,
         typer.Option(
-            "--sync-batch-norm/--no-sync-batch-norm",
-            help="Statistics over the global batch, or each rank's own as with plain DDP.",
+            "--no-sync-batch-norm",
+            help="Statistics of each rank's own samples, as with plain DDP, not of the global batch.",
         ),
-    ] = True
+    ] = False
     model_args: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="For the model's callable; repeat for more."),

@@ -88,7 +88,7 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     arguments, shapes = asked.arguments(), asked.input_shapes()
     options = Options(
         asked.solver, asked.memory_limit_bytes(), asked.precision, asked.optimizer,
-        asked.sync_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
+        not asked.local_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
         asked.time_limit_s(),
     )  # fmt: skip
     machine = machine_of(asked.cluster, asked.devices, asked.precision)

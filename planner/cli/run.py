@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from planner.cli.terminal import Terminal
 from planner.errors import UsageError
 from planner.plan import Plan
 from planner.units import format_seconds
@@ -17,7 +17,8 @@ TIMEOUT_S = 1800.0
 
 
 def run(
-    plan: Annotated[Path, typer.Argument(help="A plan file.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.", show_default=False)],
+    terminal: Terminal,
     steps: Annotated[int, typer.Option(help="Timed steps.", min=1, max=100_000)] = 10,
     warmup: Annotated[int, typer.Option(help="Steps before them.", min=0, max=1000)] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds after which the run is given up.", min=1)] = TIMEOUT_S,
@@ -29,7 +30,7 @@ def run(
     """
     from planner.plan.schema import require_single_rank_count
 
-    found = Plan.load(plan)
+    found = Plan.load(path)
     argument = {"plan": found.to_json(), "steps": steps, "warmup": warmup}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         require_single_rank_count(found, int(os.environ["WORLD_SIZE"]))
@@ -38,7 +39,7 @@ def run(
             return
     else:
         measured = _locally(found, argument, timeout)
-    _report(found, measured)
+    _report(found, measured, terminal)
 
 
 def _as_rank(argument: dict[str, Any]) -> dict[str, Any] | None:
@@ -73,7 +74,7 @@ def _locally(plan: Plan, argument: dict[str, Any], timeout_s: float) -> dict[str
     return measured
 
 
-def _report(plan: Plan, measured: dict[str, Any]) -> None:
+def _report(plan: Plan, measured: dict[str, Any], terminal: Terminal) -> None:
     from planner.api import machine_of, reprice
 
     machine = machine_of(cluster=f"local-{plan.mesh.size}")
@@ -88,7 +89,7 @@ def _report(plan: Plan, measured: dict[str, Any]) -> None:
     )
     rows = []
     if machine.graph.digest != plan.cluster.sha256:
-        Console(stderr=True).print(
+        terminal.err.print(
             f"[yellow]warning[/]: the plan was made for {plan.cluster.name}; this is another machine",
             highlight=False,
         )
@@ -101,4 +102,4 @@ def _report(plan: Plan, measured: dict[str, Any]) -> None:
     for name, seconds in rows:
         off = "" if name == "measured" else f"{seconds / step_s - 1:+.0%}"
         table.add_row(name, format_seconds(seconds), f"{plan.batch / seconds:.4g}", off)
-    Console().print(table)
+    terminal.out.print(table)

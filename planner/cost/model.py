@@ -14,7 +14,7 @@ from planner.devices.graph import DeviceGraph
 from planner.devices.route import Router
 from planner.ir.count import gradient_flow
 from planner.ir.graph import Layer, LayerGraph
-from planner.ir.layout import BALANCED, Layout, Whole
+from planner.ir.layout import Layout, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.ops import BatchNorm
 from planner.ir.rules import LayerLayouts, layouts, reduced_axes
@@ -132,7 +132,10 @@ class CostModel:
         )  # fmt: skip
 
     def _statistics(self, layer: Layer, output: Layout, split: Split) -> tuple[Price, Price]:
-        """Return the all-reduces of batch norm statistics: sum, squares and count; then two sums."""
+        """Return what batch norm statistics cost.
+
+        Forward, an all-gather of mean, variance and count; backward, an all-reduce of two sums.
+        """
         axes = reduced_axes(split)
         if not axes or not self.settings.sync_batch_norm:
             return FREE, FREE
@@ -140,16 +143,11 @@ class CostModel:
         channels = output.largest_shape()[1] if len(output.shape) > 1 else 0
         pair = FREE, FREE
         for _ in norms:
-            forward = self.all_reduce((2 * channels + 1) * DType.FLOAT32.item_bytes, axes)
-            backward = self.all_reduce(2 * channels * DType.FLOAT32.item_bytes, axes)
+            row_bytes = (2 * channels + 1) * DType.FLOAT32.item_bytes
+            forward = self.pricer.all_gather(axes, row_bytes * math.prod(self.mesh.shape[a] for a in axes))
+            backward = self.pricer.all_reduce(axes, 2 * channels * DType.FLOAT32.item_bytes)
             pair = pair[0] + forward, pair[1] + backward
         return pair
-
-    def all_reduce(self, num_bytes: int, axes: Axes) -> Price:
-        """Return the price of an all-reduce of a buffer over mesh axes."""
-        source = Layout((num_bytes,), self.mesh, tuple(
-            Whole.PARTIAL if a in axes else Whole.EQUAL for a in range(len(self.mesh.axes))), (BALANCED,))  # fmt: skip
-        return self.pricer.price(source, source.with_placements((Whole.EQUAL,) * len(self.mesh.axes)), 1)
 
     def edge(self, producer: Layer, have: Layout, need: Layout) -> tuple[Price, Price]:
         """Return the price of an edge, forward and backward.

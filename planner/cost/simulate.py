@@ -65,17 +65,19 @@ class Timeline:
 
 def simulate(table: CostTable, choice: Sequence[int], bucket_bytes: int) -> Timeline:
     """Return the timeline of one step of the strategy at these positions of the space."""
-    return _Simulation(table, choice).run(bucket_bytes)
+    simulation = _Simulation(table, choice, keeps_events=True)
+    simulation.run(bucket_bytes)
+    return simulation.timeline()
 
 
 def simulated_step_s(table: CostTable, choice: Sequence[int], bucket_bytes: int) -> float:
     """Return only the length of the step."""
-    return simulate(table, choice, bucket_bytes).step_s
+    return _Simulation(table, choice, keeps_events=False).run(bucket_bytes)
 
 
 class _Simulation:
-    def __init__(self, table: CostTable, choice: Sequence[int]) -> None:
-        self._table = table
+    def __init__(self, table: CostTable, choice: Sequence[int], *, keeps_events: bool) -> None:
+        self._table, self._keeps_events = table, keeps_events
         self._names = [layer.id for layer in table.space.graph.layers]
         self._costs = [costs[c] for costs, c in zip(table.layers, choice, strict=True)]
         count = len(self._costs)
@@ -93,23 +95,22 @@ class _Simulation:
         self._now = 0.0
 
     def _advance(self, name: str, stream: str, seconds: float) -> None:
-        if seconds > 0:
+        if seconds > 0 and self._keeps_events:
             self._events.append(Event(name, stream, self._now, self._now + seconds))
-            self._now += seconds
+        self._now += seconds
 
-    def run(self, bucket_bytes: int) -> Timeline:
+    def run(self, bucket_bytes: int) -> float:
+        """Go through the step; return its length."""
         for name, cost, transfer_s in zip(self._names, self._costs, self._in_forward, strict=True):
             self._advance(f"{name} input", "transfer", transfer_s)
             self._advance(f"{name} forward", "compute", cost.forward_s)
             self._advance(f"{name} sums", "transfer", cost.blocking_forward.seconds)
         ready = self._backward()
-        sync_s, last_sync_s = self._reduce(ready, bucket_bytes)
-        backward_end = self._now
-        exposed_sync_s = max(last_sync_s - backward_end, 0.0)
-        self._now = max(backward_end, last_sync_s)
-        update_s = sum(cost.update_s for cost in self._costs)
-        self._advance("optimizer", "compute", update_s)
-        return self._summary(sum(sync_s), exposed_sync_s, update_s, sync_s)
+        self._sync_s, last_sync_s = self._reduce(ready, bucket_bytes)
+        self._exposed_sync_s = max(last_sync_s - self._now, 0.0)
+        self._now = max(self._now, last_sync_s)
+        self._advance("optimizer", "compute", sum(cost.update_s for cost in self._costs))
+        return self._now
 
     def _backward(self) -> list[tuple[int, Axes, int, float]]:
         """Run backward; return layer, axes, bytes and time of every gradient, in order."""
@@ -129,16 +130,19 @@ class _Simulation:
         for bucket in fill_buckets([(axes, num_bytes) for _, axes, num_bytes, _ in ready], bucket_bytes):
             members = [ready[i] for i in bucket.items]
             num_bytes = sum(member[2] for member in members)
-            seconds = self._table.model.all_reduce(num_bytes, bucket.key).seconds
+            seconds = self._table.model.pricer.all_reduce(bucket.key, num_bytes).seconds
             start = max(end, members[-1][3])
             end = start + seconds
-            self._events.append(Event(f"sync {self._names[members[-1][0]]}", "sync", start, end))
+            if self._keeps_events:
+                self._events.append(Event(f"sync {self._names[members[-1][0]]}", "sync", start, end))
             for j, _, part, _ in members:
                 sync_s[j] += seconds * part / num_bytes
         return sync_s, end
 
-    def _summary(self, total_sync_s: float, exposed_sync_s: float, update_s: float, sync_s: list[float]) -> Timeline:
-        costs = self._costs
+    def timeline(self) -> Timeline:
+        """Return what happened."""
+        costs, sync_s, exposed_sync_s = self._costs, self._sync_s, self._exposed_sync_s
+        total_sync_s, update_s = sum(sync_s), sum(cost.update_s for cost in costs)
         blocking = [
             cost.blocking_forward.seconds + cost.blocking_backward.seconds + forward + backward
             for cost, forward, backward in zip(costs, self._in_forward, self._in_backward, strict=True)
@@ -152,7 +156,7 @@ class _Simulation:
         )  # fmt: skip
         sent = sum(self._in_bytes) + sum(
             c.blocking_forward.num_bytes + c.blocking_backward.num_bytes
-            + sum(self._table.model.all_reduce(b, axes).num_bytes for axes, b in c.sync.items())
+            + sum(self._table.model.pricer.all_reduce(axes, b).num_bytes for axes, b in c.sync.items())
             for c in costs
         )  # fmt: skip
         return Timeline(

@@ -72,6 +72,17 @@ class StepPricer:
             self._prices[key] = sum((self.step(s, item_bytes) for s in steps(source, target)), FREE)
         return self._prices[key]
 
+    def all_reduce(self, axes: tuple[int, ...], num_bytes: int) -> Price:
+        """Return the price of an all-reduce of a buffer of so many bytes on each rank."""
+        size = math.prod(self.router.mesh.shape[a] for a in axes)
+        return Price(all_reduce_s(self.router, axes, num_bytes), 2 * (size - 1) / size * num_bytes)
+
+    def all_gather(self, axes: tuple[int, ...], num_bytes: int) -> Price:
+        """Return the price of an all-gather whose result has so many bytes on each rank."""
+        size = math.prod(self.router.mesh.shape[a] for a in axes)
+        seconds = ring_all_gather_s(num_bytes, size, self.router.ring(axes))
+        return Price(seconds, (size - 1) / size * num_bytes)
+
     def step(self, step: Step, item_bytes: int) -> Price:
         """Return the price of one step; local ones are free."""
         if not step.kind.communicates:
@@ -81,13 +92,12 @@ class StepPricer:
         held = math.prod(step.source.largest_shape()) * item_bytes
         match step.kind:
             case StepKind.ALL_REDUCE:
-                return Price(all_reduce_s(self.router, step.axes, held), 2 * share * held)
+                return self.all_reduce(step.axes, held)
             case StepKind.REDUCE_SCATTER:
                 path = self.router.ring(step.axes)
                 return Price(ring_reduce_scatter_s(held, size, path), share * held)
             case StepKind.ALL_GATHER:
-                whole = math.prod(step.target.largest_shape()) * item_bytes
-                return Price(ring_all_gather_s(whole, size, self.router.ring(step.axes)), share * whole)
+                return self.all_gather(step.axes, math.prod(step.target.largest_shape()) * item_bytes)
             case _:
                 moved = largest_received(step.source, step.target) * item_bytes
                 return Price(exchange_s(self.router, step.axes, moved), float(moved))

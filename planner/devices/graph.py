@@ -144,17 +144,14 @@ class DeviceGraph:
                 )
             if len(chosen) > MAX_FACTORS or (len(chosen) > 1 and min(chosen) == 1):
                 raise UsageError(
-                    f"mesh {text!r}: {level.name}={written} must have at most "
-                    f"{MAX_FACTORS} factors, each at least 2"
+                    f"mesh {text!r}: {level.name}={written} must have at most {MAX_FACTORS} factors, each at least 2"
                 )
         return self._mesh([factors[level.name] for level in self.levels])
 
     def _parse_level(self, text: str, part: str) -> tuple[str, tuple[int, ...]]:
         match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,9}(?:x[0-9]{1,9})*)\s*", part)
         if match is None:
-            raise UsageError(
-                f"mesh {text!r}: {part!r} is not a level and its factors, as in {self._whole}"
-            )
+            raise UsageError(f"mesh {text!r}: {part!r} is not a level and its factors, as in {self._whole}")
         known = [level.name for level in self.levels]
         if match[1] not in known:
             raise UnknownNameError("mesh level", match[1], known, f"{self.name} is {self._whole}.")
@@ -198,9 +195,7 @@ def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
     for index, device in enumerate(graph.devices):
         here = f"$.devices[{index}]"
         figures.append((f"{here}.memory_bytes", device.memory_bytes))
-        figures.append(
-            (f"{here}.memory_bandwidth_bytes_per_s", device.memory_bandwidth_bytes_per_s)
-        )
+        figures.append((f"{here}.memory_bandwidth_bytes_per_s", device.memory_bandwidth_bytes_per_s))
         figures += [(f"{here}.peak_flop_per_s.{k}", v) for k, v in device.peak_flop_per_s.items()]
         if "fp32" not in device.peak_flop_per_s or set(device.peak_flop_per_s) - set(PRECISIONS):
             yield f"{here}.peak_flop_per_s", "needs fp32, and may have tf32 and bf16 besides"

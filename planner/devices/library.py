@@ -132,9 +132,7 @@ def two_level(
         raise UsageError(f"{name!r} has {nodes * devices} devices, not 1 to {MAX_DEVICES}")
     if nodes == 1:
         switches, links = _node("", devices, device, bus)
-        return DeviceGraph(
-            name, _devices([""], devices, device), switches, links, (Level(device.level, devices),)
-        )
+        return DeviceGraph(name, _devices([""], devices, device), switches, links, (Level(device.level, devices),))
     if network is None:
         raise UsageError(f"{name!r} has {nodes} nodes and no network between them")
     prefixes = [f"node{node}." for node in range(nodes)]
@@ -169,9 +167,7 @@ def _devices(prefixes: list[str], devices: int, kind: DeviceKind) -> tuple[Devic
     )
 
 
-def _node(
-    prefix: str, devices: int, device: DeviceKind, bus: BusKind
-) -> tuple[tuple[str, ...], tuple[Link, ...]]:
+def _node(prefix: str, devices: int, device: DeviceKind, bus: BusKind) -> tuple[tuple[str, ...], tuple[Link, ...]]:
     """Return the switches and links of one node."""
     ids = [f"{prefix}{device.level}{index}" for index in range(devices)]
     hub, islands = f"{prefix}switch", bus.islands

@@ -98,9 +98,7 @@ class Router:
         """Count ordered pairs per lane; a link of a tree is a cut: ranks inside x ranks outside."""
         parents = self.graph.paths.parents
         if not self.graph.paths.is_tree:
-            return self._flows(
-                pair for group in groups for pair in itertools.permutations(group, 2)
-            )
+            return self._flows(pair for group in groups for pair in itertools.permutations(group, 2))
         flows: Counter[_Lane] = Counter()
         for group in groups:
             inside: Counter[str] = Counter()

@@ -110,7 +110,7 @@ def cut_pieces(size: int, parts: tuple[int, ...], cut: Cut) -> tuple[Interval, .
     return pieces
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """A tensor spread over a mesh.
 
@@ -132,7 +132,14 @@ class Layout:
         if any(isinstance(p, int) and not 0 <= p < len(self.shape) for p in self.placements):
             raise ValueError(f"{self.placements} cut a dimension that {self.shape} has not")
 
-    @property
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.mesh, self.placements, self.cuts))
+
+    def __hash__(self) -> int:  # layouts are keys of large caches
+        return self._hash
+
+    @functools.cached_property
     def gradient(self) -> "Layout":
         """The layout of this tensor's gradient: the same regions, addends where copies are shared."""
         return self.with_placements(tuple(p if isinstance(p, int) else _GRADIENT[p] for p in self.placements))
@@ -147,7 +154,12 @@ class Layout:
 
     def axes_of(self, dim: int) -> tuple[int, ...]:
         """Return the mesh axes that cut a tensor dimension, outermost first."""
-        return tuple(i for i, placement in enumerate(self.placements) if placement == dim)
+        return self._axes[dim]
+
+    @functools.cached_property
+    def _axes(self) -> tuple[tuple[int, ...], ...]:
+        dims = range(len(self.shape))
+        return tuple(tuple(i for i, placement in enumerate(self.placements) if placement == d) for d in dims)
 
     def axes_with(self, *kinds: Whole) -> tuple[int, ...]:
         """Return the mesh axes that hold the whole in one of these ways."""
@@ -155,10 +167,14 @@ class Layout:
 
     def pieces(self, dim: int) -> tuple[Interval, ...]:
         """Return the interval of every piece of a dimension, outermost axis first."""
-        axes = self.axes_of(dim)
-        if not axes:
-            return ((0, self.shape[dim]),)
-        return cut_pieces(self.shape[dim], tuple(self.mesh.shape[a] for a in axes), self.cuts[dim])
+        return self._pieces[dim]
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[tuple[Interval, ...], ...]:
+        return tuple(
+            cut_pieces(size, tuple(self.mesh.shape[a] for a in axes), cut) if axes else ((0, size),)
+            for size, axes, cut in zip(self.shape, self._axes, self.cuts, strict=True)
+        )
 
     def interval(self, dim: int, coordinates: tuple[int, ...]) -> Interval:
         """Return what the rank at these mesh coordinates holds of a dimension."""
@@ -178,6 +194,10 @@ class Layout:
 
     def largest_shape(self) -> tuple[int, ...]:
         """Return the shape of the largest piece (pieces of each dimension are cut independently)."""
+        return self._largest
+
+    @functools.cached_property
+    def _largest(self) -> tuple[int, ...]:
         return tuple(max(b - a for a, b in self.pieces(dim)) for dim in range(len(self.shape)))
 
     def has_empty_piece(self) -> bool:

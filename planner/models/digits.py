@@ -30,9 +30,7 @@ def digits_cnn(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
     )
     classifier = nn.Linear(conv2 * 4 * 4, num_classes)
-    return nn.Sequential(
-        OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
-    )
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))
 
 
 def digits_alexnet(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
@@ -59,6 +57,4 @@ def digits_alexnet(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(hidden, num_classes),
     )
-    return nn.Sequential(
-        OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
-    )
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))

@@ -33,6 +33,4 @@ def lenet5(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(fc2, num_classes),
     )
-    return nn.Sequential(
-        OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
-    )
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier))

@@ -56,7 +56,7 @@ class Request:
     source: str
     arguments: Mapping[str, str | int | float | bool]
     inputs: Sequence[tuple[str, tuple[int, ...], str]]
-    memory_limit_bytes: int | None
+    memory_limit_bytes: int
     command: str
 
 
@@ -103,7 +103,8 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
         ),
         baselines=[
             BaselinePart(
-                name=b.solver, step_s=b.timeline.step_s, communication_bytes=b.timeline.communication_bytes,
+                name=b.solver, step_s=b.timeline.step_s, exposed_s=b.timeline.exposed_s,
+                communication_bytes=b.timeline.communication_bytes,
                 memory_bytes=b.timeline.memory_bytes, num_replaced=b.num_replaced,
             )
             for b in baselines

@@ -139,6 +139,7 @@ class BaselinePart(StrictModel):
 
     name: Name
     step_s: StepSeconds
+    exposed_s: Seconds
     communication_bytes: Annotated[float, Field(ge=0)]
     memory_bytes: Bytes
     num_replaced: Annotated[int, Field(ge=0)]
@@ -152,7 +153,7 @@ class SearchPart(StrictModel):
     lower_bound_s: Seconds
     gap: Annotated[float, Field(ge=0, le=1)]
     num_strategies: Name
-    memory_limit_bytes: Bytes | None
+    memory_limit_bytes: Bytes
 
 
 class ProvenancePart(StrictModel):

@@ -55,10 +55,10 @@ class StrategyRow:
     samples_per_s: float
     speed_up: float | None
     communication_bytes: float
-    exposed_s: float | None
+    exposed_s: float
     memory_bytes: int
     num_replaced: int
-    fits: bool | None
+    fits: bool
     is_planned: bool
 
 
@@ -67,13 +67,10 @@ def rows_of_plan(plan: Plan) -> tuple[StrategyRow, ...]:
     data_s = next((b.step_s for b in plan.baselines if b.name == "data"), None)
     limit = plan.search.memory_limit_bytes
 
-    def fits(memory_bytes: int) -> bool | None:
-        return None if limit is None else memory_bytes <= limit
-
     fixed = (
         StrategyRow(
             b.name, b.step_s, plan.batch / b.step_s, _ratio(data_s, b.step_s),
-            b.communication_bytes, None, b.memory_bytes, b.num_replaced, fits(b.memory_bytes),
+            b.communication_bytes, b.exposed_s, b.memory_bytes, b.num_replaced, b.memory_bytes <= limit,
             is_planned=False,
         )
         for b in plan.baselines
@@ -101,20 +98,18 @@ def rows_of_search(found: Sequence["Planned"], fits: Sequence[bool], batch: int)
 
 
 def strategies(rows: Sequence[StrategyRow]) -> Table:
-    """Return the strategies side by side; a column that is known of none is left out."""
+    """Return the strategies side by side."""
     columns = {
         "strategy": [f"planned ({r.name})" if r.is_planned else r.name for r in rows],
         "step": [format_seconds(r.step_s, 5) for r in rows],
         "samples/s": [format_count(r.samples_per_s) for r in rows],
         "over data": [f"{r.speed_up:.3f}x" if r.speed_up else UNKNOWN for r in rows],
         "communication": [format_bytes(r.communication_bytes) for r in rows],
-        "exposed": [UNKNOWN if r.exposed_s is None else format_seconds(r.exposed_s) for r in rows],
+        "exposed": [format_seconds(r.exposed_s) for r in rows],
         "memory": [format_bytes(r.memory_bytes) for r in rows],
         "replaced": [f"{r.num_replaced}" for r in rows],
-        "fits": [UNKNOWN if r.fits is None else "yes" if r.fits else "no" for r in rows],
+        "fits": ["yes" if r.fits else "no" for r in rows],
     }
-    if all(row.fits is None for row in rows if not row.is_planned):
-        del columns["fits"]
     emphasis = next((i for i, row in enumerate(rows) if row.is_planned), None)
     cells = tuple(zip(*columns.values(), strict=True))
     return Table("Strategies, predicted", tuple(columns), cells, emphasis=emphasis)
@@ -137,8 +132,7 @@ def summary(plan: Plan) -> Table:
         "compute": format_seconds(totals.compute_s),
         "exposed communication": format_seconds(totals.exposed_s),
         "communication per device": format_bytes(totals.communication_bytes),
-        "memory per device": format_bytes(totals.memory_bytes)
-        + (f" of {format_bytes(limit)} allowed" if limit is not None else ""),
+        "memory per device": f"{format_bytes(totals.memory_bytes)} of {format_bytes(limit)} allowed",
         "solver": f"{plan.search.solver}, {plan.search.status}, out of {plan.search.num_strategies} strategies",
     }
     return Table("Plan", ("", ""), tuple(rows.items()), num_text=2)
@@ -173,8 +167,9 @@ def layers(plan: Plan, grouped: bool = False) -> Table:
 def bound_sentence(step_s: float, lower_bound_s: float) -> str:
     """Return what the bound says about better plans."""
     left = max(1 - lower_bound_s / step_s, 0.0) if step_s else 0.0
-    return f"Bound: on this mesh no strategy has a predicted step below {format_seconds(lower_bound_s, 5)}; " + (
-        f"a better plan could save at most {percent(left)}." if left else "this one reaches it."
+    return (
+        f"Bound: on the searched meshes no strategy has a predicted step below {format_seconds(lower_bound_s, 5)}; "
+        + (f"a better plan could save at most {percent(left)}." if left else "this one reaches it.")
     )
 
 

@@ -1,5 +1,6 @@
 """`auto`: exact searches and fixed strategies as starts, local search on the simulated step."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from planner.errors import InfeasibleError, NoPlanError
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
 from planner.search.elimination import solve_dp
 from planner.search.exhaustive import solve_exhaustively
-from planner.search.fixed import FIXED, fixed_strategy
+from planner.search.fixed import ALIASES, FIXED, fixed_strategy
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
 from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
@@ -27,7 +28,7 @@ BUCKET_BYTES: Final = (1 * MIB, 4 * MIB, DEFAULT_BUCKET_BYTES)
 MAX_TRIALS: Final = 4000
 """Simulated steps that local search may try; a count, so that the plan does not depend on the clock."""
 
-SOLVERS: Final = ("auto", "dp", "ilp", "exhaustive", *FIXED)
+SOLVERS: Final = ("auto", "dp", "ilp", "exhaustive", *FIXED, *ALIASES)
 """Names of ``--solver``."""
 
 
@@ -122,7 +123,9 @@ class Search:
             )  # fmt: skip
             solution = self._dp(formulation.problem, self._limits)
             starts.append((f"dp, {weight:g} of sync", self._layer_choice(solution, formulation)))
-        starts += [(name, fixed_strategy(name, self.table, self._formulation).choice) for name in FIXED]
+        for name in FIXED:
+            with contextlib.suppress(InfeasibleError):  # its dimension is forbidden
+                starts.append((name, fixed_strategy(name, self.table, self._formulation).choice))
         plans = [self._planned("auto", choice, Status.FEASIBLE) for _, choice in starts]
         fitting = [plan for plan in plans if self.fits(plan)]
         best = min(fitting, key=lambda plan: plan.timeline.step_s)

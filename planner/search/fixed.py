@@ -29,6 +29,8 @@ FIXED: Final[Mapping[str, _Rule]] = {
     "conv-data-fc-model": _conv_data_fc_model,
 }
 """Strategies by name."""
+ALIASES: Final[Mapping[str, str]] = {"model-out": "model"}
+"""Other names of strategies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
 
     Raises:
         UnknownNameError: there is no such strategy.
-        InfeasibleError: the search space was restricted so that it leaves out what the rule asks for.
+        InfeasibleError: no layer at all can follow the rule, because the search space leaves its dimension out.
     """
     if name not in FIXED:
         raise UnknownNameError("strategy", name, FIXED)
@@ -63,10 +65,10 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
         wanted = FIXED[name](layer, behind)
         behind = behind or isinstance(layer.op, Linear)
         found = _closest(wanted, splits)
-        if found is None:
-            raise InfeasibleError(f"strategy {name!r} has no legal split for layer {layer.id!r} ({layer.op.kind})")
         replaced += any(d is not wanted for d in found.dimensions)
         pins[i] = [splits.index(found)]
+    if replaced == len(pins) and table.space.mesh.axes:
+        raise InfeasibleError(f"strategy {name!r} has no legal split for any layer: its dimension is not in --dims")
     smaller, problem = formulation.pinned(pins)
     problem = type(problem)(problem.node_s, problem.edge_s)  # its memory is judged by the caller
     solution = solve_dp(problem)
@@ -74,7 +76,7 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
     return FixedStrategy(smaller.layer_choice(solution.choice), replaced)
 
 
-def _closest(wanted: Dimension, splits: tuple[Split, ...]) -> Split | None:
+def _closest(wanted: Dimension, splits: tuple[Split, ...]) -> Split:
     """Return the split with the wanted dimension on as many axes as are legal, outermost first."""
     allowed = [s for s in splits if set(s.dimensions) <= {wanted, Dimension.REPLICATE}]
-    return max(allowed, key=lambda s: [d is wanted for d in s.dimensions], default=None)
+    return max(allowed, key=lambda s: [d is wanted for d in s.dimensions])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import layouts as some
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
@@ -23,14 +22,13 @@ from planner.ir.layout import (
     cut_pieces,
 )
 from planner.ir.mesh import Mesh
+from support import layouts as some
 
 PARTS = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 
 @given(st.integers(1, 50), PARTS, st.sampled_from(CutRule), st.integers(1, 3))
-def test_pieces_partition_the_dimension(
-    size: int, parts: tuple[int, ...], rule: CutRule, unit: int
-) -> None:
+def test_pieces_partition_the_dimension(size: int, parts: tuple[int, ...], rule: CutRule, unit: int) -> None:
     pieces = cut_pieces(size * unit, parts, Cut(rule, unit))
     assert len(pieces) == math.prod(parts)
     assert [i for a, b in pieces for i in range(a, b)] == list(range(size * unit))
@@ -43,10 +41,7 @@ def test_pieces_of_the_outer_axes_are_unions_of_the_pieces_of_all_axes(
 ) -> None:
     fine = cut_pieces(size, parts, Cut(rule))
     inner = parts[-1]
-    joined = tuple(
-        (group[0][0], group[-1][1])
-        for group in zip(*[fine[i::inner] for i in range(inner)], strict=True)
-    )
+    joined = tuple((group[0][0], group[-1][1]) for group in zip(*[fine[i::inner] for i in range(inner)], strict=True))
     assert joined == cut_pieces(size, parts[:-1], Cut(rule))
 
 
@@ -63,19 +58,13 @@ def test_nested_chunks_are_torch_chunk_axis_after_axis(size: int, parts: tuple[i
         tensors = [
             chunk
             for t in tensors
-            for chunk in itertools.islice(
-                itertools.chain(t.chunk(count), itertools.repeat(t[:0])), count
-            )
+            for chunk in itertools.islice(itertools.chain(t.chunk(count), itertools.repeat(t[:0])), count)
         ]
-    assert [list(range(a, b)) for a, b in chunk_pieces(size, parts)] == [
-        t.tolist() for t in tensors
-    ]
+    assert [list(range(a, b)) for a, b in chunk_pieces(size, parts)] == [t.tolist() for t in tensors]
 
 
 @given(some.meshes(), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.data())
-def test_chunk_layouts_are_those_of_dtensor(
-    mesh: Mesh, shape: list[int], data: st.DataObject
-) -> None:
+def test_chunk_layouts_are_those_of_dtensor(mesh: Mesh, shape: list[int], data: st.DataObject) -> None:
     dims = [data.draw(st.integers(0, len(shape) - 1)) for _ in mesh.axes]
     layout = Layout(tuple(shape), mesh, tuple(dims), (CHUNK,) * len(shape))
     for position in range(mesh.size):
@@ -98,9 +87,7 @@ def test_five_channels_leave_the_fourth_of_four_ranks_empty() -> None:
 
 
 @given(some.meshes(), some.shapes(), st.data())
-def test_regions_tile_the_tensor_once_per_copy(
-    mesh: Mesh, shape: tuple[int, ...], data: st.DataObject
-) -> None:
+def test_regions_tile_the_tensor_once_per_copy(mesh: Mesh, shape: tuple[int, ...], data: st.DataObject) -> None:
     layout = data.draw(some.layouts(shape, mesh))
     held = np.zeros(shape, dtype=int)
     for position in range(mesh.size):
@@ -114,9 +101,7 @@ def test_regions_tile_the_tensor_once_per_copy(
 
 
 @given(st.data(), st.integers(1, 20))
-def test_the_input_of_a_piece_is_what_brute_force_finds_it_to_read(
-    data: st.DataObject, in_size: int
-) -> None:
+def test_the_input_of_a_piece_is_what_brute_force_finds_it_to_read(data: st.DataObject, in_size: int) -> None:
     window = data.draw(some.windows(in_size))
     start = data.draw(st.integers(0, window.out_size - 1))
     stop = data.draw(st.integers(start + 1, window.out_size))

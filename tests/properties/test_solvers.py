@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from support.problems import problems
 
 from planner.errors import UsageError
 from planner.search.elimination import elimination_order, solve_dp
@@ -15,6 +14,7 @@ from planner.search.exhaustive import solve_exhaustively
 from planner.search.ilp import solve_ilp, status_of
 from planner.search.problem import Limits, Problem, Solution, Status
 from planner.search.verify import problems_of
+from support.problems import problems
 
 FEW = settings(max_examples=60, deadline=None)  # each solves an integer program
 
@@ -87,9 +87,7 @@ def test_a_long_chain_is_solved_in_small_tables() -> None:
     assert found.cost_s == pytest.approx(_shortest_path_s(nodes, edges))
 
 
-def _shortest_path_s(
-    nodes: tuple[np.ndarray, ...], edges: dict[tuple[int, int], np.ndarray]
-) -> float:
+def _shortest_path_s(nodes: tuple[np.ndarray, ...], edges: dict[tuple[int, int], np.ndarray]) -> float:
     best = nodes[0]
     for i, own in enumerate(nodes[1:]):
         best = (best[:, None] + edges[i, i + 1]).min(axis=0) + own
@@ -145,9 +143,7 @@ def test_the_integer_program_tells_single_bytes_apart(base: int) -> None:
         ("kSomethingNew", True, Status.FAILED),
     ],
 )
-def test_a_native_status_that_is_not_listed_is_a_failure(
-    native: str, has_incumbent: bool, status: Status
-) -> None:
+def test_a_native_status_that_is_not_listed_is_a_failure(native: str, has_incumbent: bool, status: Status) -> None:
     assert status_of(native, has_incumbent=has_incumbent) is status
 
 
@@ -167,9 +163,7 @@ def test_a_status_and_its_choice_go_together() -> None:
 
 
 def test_verify_finds_every_lie() -> None:
-    problem = Problem(
-        (np.array([1.0, 2.0]),), {}, (np.array([5, 1]),), (np.array([0, 0]),), limit_bytes=3
-    )
+    problem = Problem((np.array([1.0, 2.0]),), {}, (np.array([5, 1]),), (np.array([0, 0]),), limit_bytes=3)
 
     def lies(choice: tuple[int, ...], cost_s: float, bound_s: float) -> int:
         return len(problems_of(problem, Solution(Status.FEASIBLE, choice, cost_s, bound_s)))

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import interpreter
-from support import layouts as some
 
 from planner.ir.halo import Window
 from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.transfer import StepKind, steps, transfers
+from support import interpreter
+from support import layouts as some
 
 EQUAL, SHARED, PARTIAL = Whole.EQUAL, Whole.SHARED, Whole.PARTIAL
 
@@ -47,9 +47,7 @@ def tensor_of(layout: Layout) -> interpreter.Array:
 def assert_moves(source: Layout, target: Layout) -> None:
     """Assert that behind the steps every rank holds its region, or an addend of it."""
     tensor = tensor_of(source)
-    found = interpreter.run(
-        steps(source, target), interpreter.spread(tensor, source, np.random.default_rng(2))
-    )
+    found = interpreter.run(steps(source, target), interpreter.spread(tensor, source, np.random.default_rng(2)))
     for group in target.mesh.groups(target.axes_with(PARTIAL)):
         whole = np.sum([found[p] for p in group], axis=0)
         np.testing.assert_array_equal(whole, interpreter.cut(tensor, target, group[0]))
@@ -61,9 +59,7 @@ def assert_adjoint(source: Layout, target: Layout) -> None:
     x, y = interpreter.anything(source, rng), interpreter.anything(target.gradient, rng)
     forward = interpreter.run(steps(source, target), x)
     backward = interpreter.run(steps(target.gradient, source.gradient), y)
-    assert interpreter.inner_product(forward, y, target) == interpreter.inner_product(
-        x, backward, source
-    )
+    assert interpreter.inner_product(forward, y, target) == interpreter.inner_product(x, backward, source)
 
 
 @given(pairs())
@@ -96,9 +92,7 @@ def test_rows_that_a_window_skips_come_back_as_zeros() -> None:
 
 
 @given(some.meshes(), st.data())
-def test_batches_of_any_sizes_come_from_and_go_to_their_ranks(
-    mesh: Mesh, data: st.DataObject
-) -> None:
+def test_batches_of_any_sizes_come_from_and_go_to_their_ranks(mesh: Mesh, data: st.DataObject) -> None:
     sizes = tuple(data.draw(st.integers(1, 5)) for _ in range(mesh.size))
     shape = (sum(sizes), 12)
     own = Layout(shape, mesh, (0,) * len(mesh.axes), (Cut(sizes=sizes), CHUNK))

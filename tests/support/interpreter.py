@@ -36,10 +36,7 @@ def cut(tensor: Array, layout: Layout, position: int) -> Array:
 
 def anything(layout: Layout, rng: np.random.Generator) -> Pieces:
     """Return random pieces that a layout allows: copies agree, all else is independent."""
-    found = [
-        rng.integers(-9, 10, layout.region(p).shape).astype(np.float64)
-        for p in range(layout.mesh.size)
-    ]
+    found = [rng.integers(-9, 10, layout.region(p).shape).astype(np.float64) for p in range(layout.mesh.size)]
     for group in layout.mesh.groups(layout.axes_with(Whole.EQUAL, Whole.SHARED)):
         for position in group:
             found[position] = found[group[0]].copy()

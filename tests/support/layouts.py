@@ -31,9 +31,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @st.composite
-def layouts(
-    draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh, *, wholes: tuple[Whole, ...] = tuple(Whole)
-) -> Layout:
+def layouts(draw: st.DrawFn, shape: tuple[int, ...], mesh: Mesh, *, wholes: tuple[Whole, ...] = tuple(Whole)) -> Layout:
     """A layout without empty pieces, cut as activations are; at times in units, as by flatten."""
     options: list[Placement] = [*range(len(shape)), *wholes]
     placements = tuple(draw(st.sampled_from(options)) for _ in mesh.axes)

@@ -27,9 +27,7 @@ def problems(draw: st.DrawFn, *, memory: bool = False) -> Problem:
     if not memory:
         return Problem(node_s, edge_s)
     unit = draw(st.sampled_from([1, MIB + 1, 3 * 2**30 + 7]))
-    resident, transient = (
-        tuple(rng.integers(0, 10, n).astype(np.int64) * unit for n in sizes) for _ in range(2)
-    )
+    resident, transient = (tuple(rng.integers(0, 10, n).astype(np.int64) * unit for n in sizes) for _ in range(2))
     limit = draw(st.integers(0, 9 * count)) * unit
     return Problem(node_s, edge_s, resident, transient, limit)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.plans import Json, document
 
 from planner.cli import terminal
 from planner.cli.main import main
@@ -19,6 +18,7 @@ from planner.devices import clusters, device_kinds
 from planner.plan import Plan
 from planner.plan.schema import json_schema
 from planner.search.auto import SOLVERS
+from support.plans import Json, document
 
 ROOT = Path(__file__).parents[3]
 VGG16 = ("vgg16", "--cluster", "4xa100-nvlink", "--batch", "256")
@@ -90,6 +90,7 @@ def edited(tmp_path: Path) -> Callable[[Callable[[Json], object]], Path]:
 # What commands print
 
 
+@pytest.mark.slow
 def test_plan_prints_only_json_and_the_same_for_every_hash_seed() -> None:
     first, second = (
         process("-m", "planner", "plan", "alexnet", "--devices", "4", hash_seed=seed) for seed in ("1", "2")

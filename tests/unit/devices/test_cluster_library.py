@@ -148,9 +148,7 @@ def test_a_path_is_read(tmp_path: Path) -> None:
     assert cluster(tmp_path / "mine.json") == cluster(str(tmp_path / "mine.json")) == graph
 
 
-def test_data_is_read_from_the_checkout_if_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_read_from_the_checkout_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (profiles_path() / "devices" / "kinds.json").is_file()
     monkeypatch.setattr(files, "_PLANNER", tmp_path / "planner")
     assert profiles_path() == tmp_path / "planner" / "_profiles"

@@ -65,9 +65,7 @@ def test_all_numbers_are_checked_together() -> None:
 
 def test_ids_links_and_levels_are_checked_together() -> None:
     loop, stray = Link("gpu0", "gpu0", "w", 0, 1), Link("gpu0", "gpu7", "w", 0, 1)
-    found = problems(
-        switches=("gpu0",), links=(loop, stray), levels=(Level("gpu", 2), Level("gpu", 2))
-    )
+    found = problems(switches=("gpu0",), links=(loop, stray), levels=(Level("gpu", 2), Level("gpu", 2)))
     assert found == {
         "$.switches[0]": "'gpu0' appears twice",
         "$.levels[1].name": "'gpu' appears twice",
@@ -119,9 +117,7 @@ def test_meshes_factor_each_level_into_at_most_three_ordered_factors() -> None:
         ("gpu=8, node=2x2x2", ["node0", "node1", "node2", "gpu"], (2, 2, 2, 8)),
     ],
 )
-def test_a_mesh_is_parsed_outermost_level_first(
-    text: str, names: list[str], shape: tuple[int, ...]
-) -> None:
+def test_a_mesh_is_parsed_outermost_level_first(text: str, names: list[str], shape: tuple[int, ...]) -> None:
     mesh = cluster("8x8-h100-ib400").parse_mesh(text)
     assert [axis.name for axis in mesh.axes] == names
     assert mesh.shape == shape

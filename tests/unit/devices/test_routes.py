@@ -105,9 +105,7 @@ def test_counting_cuts_equals_listing_every_route(name: str, axes: tuple[int, ..
             flows.update(hops)
             worst_s = max(worst_s, sum(graph.nx().edges[hop]["link"].latency_s for hop in hops))
     others = len(mesh.groups(axes)[0]) - 1
-    slowest = max(
-        count / graph.nx().edges[hop]["link"].bandwidth_bytes_per_s for hop, count in flows.items()
-    )
+    slowest = max(count / graph.nx().edges[hop]["link"].bandwidth_bytes_per_s for hop, count in flows.items())
     assert Router(graph, mesh).alltoall(axes) == pytest.approx((worst_s, slowest / others))
 
 

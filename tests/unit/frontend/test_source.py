@@ -140,8 +140,6 @@ def test_what_cannot_be_loaded_says_why(reference: str, message: str) -> None:
 
 
 def test_wrong_arguments_are_shown_with_their_cause() -> None:
-    with pytest.raises(
-        UsageError, match=r"'lenet5' called with \(depth=3\) raised TypeError"
-    ) as raised:
+    with pytest.raises(UsageError, match=r"'lenet5' called with \(depth=3\) raised TypeError") as raised:
         load_model("lenet5", {"depth": 3})
     assert isinstance(raised.value.__cause__, TypeError)

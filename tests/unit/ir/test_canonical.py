@@ -64,9 +64,7 @@ def test_repeated_keys_are_refused_wherever_they_are() -> None:
     assert problems('{"layers": [{"split": {"gpu": 2, "gpu": 4}}], "layers": []}') == {
         "$.layers": "this key appears twice"
     }
-    assert list(problems('{"layers": [{"split": {"gpu": 2, "gpu": 4}}]}')) == [
-        "$.layers[0].split.gpu"
-    ]
+    assert list(problems('{"layers": [{"split": {"gpu": 2, "gpu": 4}}]}')) == ["$.layers[0].split.gpu"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from support import interpreter
 from torch import nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from planner.ir.mesh import Mesh
 from planner.ir.rules import InputOutput, LayerLayouts, layouts, legal_splits, reduced_axes
 from planner.ir.split import Dimension, Split
 from planner.ir.transfer import steps
+from support import interpreter
 
 MESHES = (Mesh.of(gpu=3), Mesh.of(node=2, gpu=2))
 
@@ -125,9 +125,7 @@ CASES = {
 
 
 def whole_layer(case: Case) -> tuple[LayerGraph, Layer]:
-    traced = trace_layers(
-        case.module, tuple(torch.empty(s, dtype=torch.float64, device="meta") for s in case.shapes)
-    )
+    traced = trace_layers(case.module, tuple(torch.empty(s, dtype=torch.float64, device="meta") for s in case.shapes))
     (layer,) = (x for x in traced.layers.layers if not isinstance(x.op, ops.Input | ops.Output))
     return traced.layers, layer
 
@@ -153,9 +151,7 @@ class Operand:
         return found.requires_grad_(self.differentiable)
 
 
-def operands(
-    case: Case, layer: Layer, mine: LayerLayouts, inputs: Sequence[torch.Tensor]
-) -> list[Operand]:
+def operands(case: Case, layer: Layer, mine: LayerLayouts, inputs: Sequence[torch.Tensor]) -> list[Operand]:
     """Return what the operator reads; the bias of a product is added later."""
     values = values_of(case.module)
     late = set() if isinstance(layer.op, ops.BatchNorm) else {BIAS}
@@ -167,9 +163,7 @@ def operands(
     return [*(Operand(x, at, True) for x, at in zip(inputs, mine.inputs, strict=True)), *params]
 
 
-def bias_of_rank(
-    case: Case, layer: Layer, mine: LayerLayouts, position: int
-) -> interpreter.Array | float:
+def bias_of_rank(case: Case, layer: Layer, mine: LayerLayouts, position: int) -> interpreter.Array | float:
     """Return a rank's piece of the bias of a product, shaped to be added to its output."""
     for parameter, layout in zip(layer.params, mine.params, strict=True):
         if parameter.name == BIAS and isinstance(layer.op, ops.Conv | ops.Linear):
@@ -189,9 +183,7 @@ def randomised(case: Case) -> list[torch.Tensor]:
 
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-every_mesh = pytest.mark.parametrize(
-    "mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.shape))
-)
+every_mesh = pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.shape)))
 
 
 @every_mesh
@@ -205,10 +197,7 @@ def test_the_pieces_of_all_ranks_give_the_whole(case: Case, mesh: Mesh) -> None:
     for split in splits:
         mine = layouts(layer, graph.inputs_of(layer), mesh, split)
         read = operands(case, layer, mine, inputs)
-        pieces = [
-            case.local(*(operand.piece(p) for operand in read)).detach().numpy()
-            for p in range(mesh.size)
-        ]
+        pieces = [case.local(*(operand.piece(p) for operand in read)).detach().numpy() for p in range(mesh.size)]
         interpreter.check_shapes(pieces, mine.computed)
         resolved = interpreter.run(steps(mine.computed, mine.output), pieces)
         assert not mine.output.axes_with(Whole.PARTIAL)
@@ -234,15 +223,11 @@ def test_the_gradients_of_all_ranks_give_the_whole(case: Case, mesh: Mesh) -> No
         found = []
         for p in range(mesh.size):
             local = [operand.piece(p) for operand in read]
-            found.append(
-                gradients(case.local(*local), local, torch_piece(upstream, mine.computed, p))
-            )
+            found.append(gradients(case.local(*local), local, torch_piece(upstream, mine.computed, p)))
         for k, layout in enumerate([o.layout for o in read if o.differentiable]):
             whole = Layout(layout.shape, mesh, (Whole.EQUAL,) * len(mesh.axes), layout.cuts)
             for joined in interpreter.run(steps(layout.gradient, whole), [g[k] for g in found]):
-                np.testing.assert_allclose(
-                    joined, expected[k], rtol=1e-9, atol=1e-9, err_msg=str(split)
-                )
+                np.testing.assert_allclose(joined, expected[k], rtol=1e-9, atol=1e-9, err_msg=str(split))
 
 
 def gradients(
@@ -303,9 +288,7 @@ def test_the_dimensions_of_an_operator(name: str, dimensions: set[Dimension]) ->
 
 def test_splits_that_leave_a_rank_empty_are_absent() -> None:
     assert (OUT,) in legal("conv with uneven channels", Mesh.of(gpu=4))  # 7 is 2, 2, 2, 1
-    assert (IN,) not in legal(
-        "conv with uneven channels", Mesh.of(gpu=4)
-    )  # 5 is 2, 2, 1 and nothing
+    assert (IN,) not in legal("conv with uneven channels", Mesh.of(gpu=4))  # 5 is 2, 2, 1 and nothing
     assert (SAMPLE,) not in legal("linear", Mesh.of(gpu=7))
     assert (SAMPLE, SAMPLE) not in legal("linear", Mesh.of(node=2, gpu=4))
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.plans import Json, document, plan_of
 
 from planner.errors import FormatError, MismatchError, UsageError
 from planner.ir.split import Dimension, LayerId
 from planner.plan import Plan
 from planner.plan.check import refuse_other_machine
 from planner.plan.schema import json_schema, require_single_rank_count
+from support.plans import Json, document, plan_of
 
 Edit = Callable[[Json], object]
 

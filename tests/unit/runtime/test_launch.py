@@ -19,7 +19,7 @@ process = initialize(timeout_s=20)
 dist.all_reduce(total := torch.ones(1))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
     sys.exit(1)
-print(f"total {total.item()} of rank {process.rank}", flush=True)
+sys.stdout.write(f"total {total.item()} of rank {process.rank}\\n")
 dist.destroy_process_group()  # without it, gloo's threads abort some exits
 """
 PARENT = "import sys; from runtime.launch import run_local; "
@@ -86,7 +86,7 @@ def test_the_rank_that_failed_is_blamed_not_those_that_waited_for_it(kind: str, 
 
 @pytest.mark.dist
 def test_an_error_of_ours_keeps_its_class_and_exit_code() -> None:
-    with pytest.raises(UnknownNameError, match="^rank 1: unknown layer 'conv9'") as raised:
+    with pytest.raises(UnknownNameError, match=r"^rank 1: unknown layer 'conv9'") as raised:
         run_local("support.ranks:fail", "our own", num_ranks=2, timeout_s=60)
     assert raised.value.exit_code == UnknownNameError.exit_code
 
@@ -95,7 +95,7 @@ def test_an_error_of_ours_keeps_its_class_and_exit_code() -> None:
 def test_a_timeout_shows_where_each_rank_was() -> None:
     where = r"(?s)rank 0 was not done.*in all_reduce.*rank 1 was not done.*in fail"
     with pytest.raises(RunError, match=where):
-        run_local("support.ranks:fail", "hang", num_ranks=2, timeout_s=10)
+        run_local("support.ranks:fail", "hang", num_ranks=2, timeout_s=15)
 
 
 @pytest.mark.dist
@@ -117,7 +117,7 @@ def test_ctrl_c_leaves_neither_ranks_nor_their_children(tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     call = f"run_local('support.ranks:stay', {str(tmp_path)!r}, num_ranks=2, timeout_s=90)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", PARENT + call], env=environment) as parent:
         started = comes_true(lambda: have_started(tmp_path, 2), 60)
         parent.kill()
