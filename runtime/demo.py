@@ -52,9 +52,9 @@ def load_digits() -> tuple[Digits, Digits]:
 class _Run:
     """One strategy in training on this rank."""
 
-    def __init__(self, net: nn.Module, plan: Plan, part: Callable[[int], slice]) -> None:
+    def __init__(self, net: nn.Module, plan: Plan, part: Callable[[int], slice], learning_rate: float) -> None:
         self.net, self._part = net, part
-        self._optimizer = make_optimizer(plan.optimizer, net.parameters())
+        self._optimizer = make_optimizer(plan.optimizer, net.parameters(), learning_rate)
         self.losses: list[float] = []
         self.steps_s: list[float] = []
 
@@ -87,7 +87,7 @@ def train_digits(argument: dict[str, Any], process: Process) -> dict[str, Any]:
 
     Args:
         argument: ``plans`` (name to JSON text, all for one model and batch), ``ddp`` (also run torch's
-            DistributedDataParallel), ``steps``.
+            DistributedDataParallel), ``steps``, ``learning_rate``.
         process: of this rank.
 
     Returns:
@@ -97,10 +97,11 @@ def train_digits(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     plans = {name: Plan.from_json(text) for name, text in argument["plans"].items()}
     first = next(iter(plans.values()))
     train, test = load_digits()
-    runs = {name: _planned_run(plan, process) for name, plan in plans.items()}
+    rate = argument["learning_rate"]
+    runs = {name: _planned_run(plan, process, rate) for name, plan in plans.items()}
     if argument["ddp"]:
-        runs["torch DDP"] = _ddp_run(first, process)
-    alone = _Run(build_model(first, process.device).train(), first, lambda size: slice(0, size))
+        runs["torch DDP"] = _ddp_run(first, process, rate)
+    alone = _Run(build_model(first, process.device).train(), first, lambda size: slice(0, size), rate)
     for batch in _batches(len(train.labels), first.batch, argument["steps"]):
         images, labels = train.images[batch], train.labels[batch]
         for run in runs.values():
@@ -116,16 +117,16 @@ def train_digits(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     return found
 
 
-def _planned_run(plan: Plan, process: Process) -> _Run:
+def _planned_run(plan: Plan, process: Process, learning_rate: float) -> _Run:
     net = parallelize(build_model(plan, process.device).train(), plan)
-    return _Run(net, plan, lambda size: own_samples(plan, process.rank, size))
+    return _Run(net, plan, lambda size: own_samples(plan, process.rank, size), learning_rate)
 
 
-def _ddp_run(plan: Plan, process: Process) -> _Run:
+def _ddp_run(plan: Plan, process: Process, learning_rate: float) -> _Run:
     ids = [process.device] if process.device.type == "cuda" else None
     net = DistributedDataParallel(build_model(plan, process.device).train(), device_ids=ids)
     pieces = process.world_size
-    return _Run(net, plan, lambda size: slice(*balanced_pieces(size, pieces)[process.rank]))
+    return _Run(net, plan, lambda size: slice(*balanced_pieces(size, pieces)[process.rank]), learning_rate)
 
 
 def _batches(num_samples: int, batch: int, steps: int) -> list[torch.Tensor]:

@@ -23,11 +23,11 @@ from runtime.parallel import lower, parallelize, trace_for
 Step = Callable[[], object]
 
 
-def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that a plan names, with the learning rate of the examples."""
+def make_optimizer(name: str, parameters: Any, learning_rate: float = 1e-2) -> torch.optim.Optimizer:
+    """Return the optimizer that a plan names."""
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=1e-3)
-    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9 if name == "momentum" else 0.0)
+        return torch.optim.Adam(parameters, lr=learning_rate)
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9 if name == "momentum" else 0.0)
 
 
 def build_model(plan: Plan, device: torch.device, seed: int = 0) -> nn.Module:

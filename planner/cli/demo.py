@@ -20,8 +20,23 @@ if TYPE_CHECKING:
 
 STRATEGIES: Final = ("data", "conv-data-fc-model", "auto")
 PLANNED: Final = "planned"
-CASES: Final = (("digits-cnn", 64, 120), ("digits-alexnet", 64, 60))
-"""Model, global batch, training steps."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A network and how long it is trained."""
+
+    model: str
+    batch: int
+    steps: int
+    learning_rate: float
+    has_batch_norm: bool
+
+
+CASES: Final = (
+    Case("digits-cnn", 64, 120, 0.03, has_batch_norm=True),
+    Case("digits-alexnet", 64, 120, 0.03, has_batch_norm=False),
+)
 TIMEOUT_S: Final = 600.0
 
 
@@ -44,10 +59,10 @@ def demo(
     )
     with _hosts(link) as hosts:
         machine = _machine(hosts)
-        for model, batch, steps in CASES:
-            plans = _plans(model, batch, machine, hosts)
-            found = _train(plans, steps, hosts)
-            _report(console, model, batch, steps, plans, found, link)
+        for case in CASES:
+            plans = _plans(case, machine, hosts)
+            found = _train(case, plans, hosts)
+            _report(console, case, plans, found, link)
             last = plans[PLANNED]
     last.save(output)
     console.print(f"The plan of {last.model.name} is in {output}: look at it with  layerwise show {output}")
@@ -72,26 +87,27 @@ def _machine(hosts: "Hosts | None") -> "Machine":
     return Machine(*machine_from(measure_host(2, hosts), 2))
 
 
-def _plans(model: str, batch: int, machine: "Machine", hosts: "Hosts | None") -> dict[str, Plan]:
+def _plans(case: Case, machine: "Machine", hosts: "Hosts | None") -> dict[str, Plan]:
     from planner.api import Options, Origin, example_inputs, measure_layers, prepare
     from planner.frontend.source import load_model
 
-    loaded = load_model(model)
+    loaded = load_model(case.model)
     assert loaded.input_shape is not None
-    origin = Origin(model, model, command="layerwise demo")
-    planner = prepare(loaded.module, example_inputs([loaded.input_shape], batch), machine, Options(), origin)
+    origin = Origin(case.model, case.model, command="layerwise demo")
+    planner = prepare(loaded.module, example_inputs([loaded.input_shape], case.batch), machine, Options(), origin)
     planner = measure_layers(planner, hosts)
     names = {PLANNED if name == "auto" else name: name for name in STRATEGIES}
     return {shown: dataclasses.replace(planner, options=Options(solver=name)).plan() for shown, name in names.items()}
 
 
-def _train(plans: dict[str, Plan], steps: int, hosts: "Hosts | None") -> dict[str, Any]:
+def _train(case: Case, plans: dict[str, Plan], hosts: "Hosts | None") -> dict[str, Any]:
     from planner.measure.host import threads_per_rank
     from runtime.launch import run_local
 
     argument: dict[str, Any] = {
         "plans": {name: plan.to_json() for name, plan in plans.items()},
-        "steps": steps,
+        "steps": case.steps,
+        "learning_rate": case.learning_rate,
         "ddp": True,
     }
     (found, _) = run_local(
@@ -102,45 +118,37 @@ def _train(plans: dict[str, Plan], steps: int, hosts: "Hosts | None") -> dict[st
     return found
 
 
-def _report(  # everything a table shows
-    console: Console,
-    model: str,
-    batch: int,
-    steps: int,
-    plans: dict[str, Plan],
-    found: dict[str, Any],
-    link: str | None,
-) -> None:
+def _report(console: Console, case: Case, plans: dict[str, Plan], found: dict[str, Any], link: str | None) -> None:
     from runtime.demo import largest_difference
 
     alone = found["one-device"]
     where = "loopback" if link is None else f"a {link} link"
+    size = f"{plans[PLANNED].model.num_params:,} parameters"
     table = Table(
-        title=f"{model}: {plans[PLANNED].model.num_params:,} parameters, batch {batch}, {steps} steps over {where}"
+        title=f"{case.model}: {size}, batch {case.batch}, {case.steps} steps over {where}",
+        caption="loss: its largest difference from one device's over all steps",
     )
-    for column in (
-        "strategy",
-        "predicted",
-        "measured",
-        "sent per step",
-        "accuracy",
-        "loss, largest difference from one device",
-    ):
-        table.add_column(column, justify="left" if column == "strategy" else "right")
+    table.add_column("strategy", no_wrap=True)
+    for column in ("predicted", "measured", "sent a step", "accuracy", "loss"):
+        table.add_column(column, justify="right")
     rows = {name: row for name, row in found.items() if name != "one-device"}
     for name in sorted(rows, key=lambda n: rows[n]["step_s"]):
         plan, row = plans.get(name), rows[name]
         table.add_row(
-            f"[bold]{name}[/]" if name == PLANNED else name,
+            name,
             format_seconds(plan.totals.step_s) if plan else "",
             format_seconds(row["step_s"]),
             format_bytes(plan.totals.communication_bytes) if plan else "",
             f"{row['accuracy']:.1%}",
             f"{largest_difference(row['losses'], alone['losses']):.1e}",
+            style="bold" if name == PLANNED else None,
         )
     table.add_row("one device", "", "", "", f"{alone['accuracy']:.1%}", "")
     console.print(table)
-    console.print(_verdict(plans[PLANNED], rows), "\n")
+    console.print(_verdict(plans[PLANNED], rows))
+    if case.has_batch_norm:
+        console.print("DDP normalises each rank's samples alone; the others normalise the whole batch, as one device.")
+    console.print()
 
 
 def _verdict(plan: Plan, rows: dict[str, Any]) -> str:

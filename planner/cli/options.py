@@ -47,7 +47,7 @@ class Asked:
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, dp, ilp, exhaustive, or a fixed strategy: data, model (model-out), model-in, conv-data-fc-model.",
+            help="auto, dp, ilp, exhaustive, or fixed: data, model (model-out), model-in, conv-data-fc-model.",
         ),
     ] = "auto"
     dims: Annotated[

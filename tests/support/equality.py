@@ -165,7 +165,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float
 
 
 def run_ranks(
-    build_net: Callable[[], nn.Module], plan: Plan, work: Callable[[ParallelModule, TracedModel, int], T]
+    build_net: Callable[[], nn.Module],
+    plan: Plan,
+    work: Callable[[ParallelModule, TracedModel, int], T],
+    communicator: Callable[[ThreadWorld, int], ThreadCommunicator] = ThreadCommunicator,
 ) -> list[T]:
     """Call a function with the parallel module of every rank; the ranks are threads of this process.
 
@@ -173,6 +176,7 @@ def run_ranks(
         build_net: the whole model; each rank gets one.
         plan: of the model.
         work: gets the module, the traced model and the position of the rank in the mesh.
+        communicator: how ranks talk.
     """
     world = ThreadWorld(plan.mesh)
     models = [build_net() for _ in range(plan.mesh.size)]
@@ -182,7 +186,7 @@ def run_ranks(
 
     def rank(position: int) -> None:
         try:
-            net = lower(models[position], traces[position], plan, ThreadCommunicator(world, position))
+            net = lower(models[position], traces[position], plan, communicator(world, position))
             results[position] = work(net, traces[position], position)
         except BaseException as error:
             errors.append(error)
