@@ -17,7 +17,7 @@ from planner.cost.table import CostTable
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import cluster as find_cluster
 from planner.devices.library import equal_devices
-from planner.errors import LayerwiseError, NoPlanError, UnknownNameError, UsageError
+from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.source import load_model
 from planner.ir.mesh import Mesh
@@ -188,6 +188,7 @@ class Planner:
     machine: Machine
     options: Options
     origin: Origin
+    _searches: dict[Mesh, Search] = field(init=False, default_factory=dict, compare=False)
 
     def meshes(self) -> list[Mesh]:
         """Return the candidate meshes: the one asked for, or whole levels and their factorings."""
@@ -221,8 +222,10 @@ class Planner:
         return list(found)
 
     def search(self, mesh: Mesh) -> Search:
-        """Return the solvers on a mesh."""
-        return Search(self.table(mesh), self.limit_bytes, Limits(self.options.time_limit_s))
+        """Return the solvers on a mesh; made once."""
+        if mesh not in self._searches:
+            self._searches[mesh] = Search(self.table(mesh), self.limit_bytes, Limits(self.options.time_limit_s))
+        return self._searches[mesh]
 
     @property
     def limit_bytes(self) -> int:
@@ -242,15 +245,25 @@ class Planner:
             meshes = meshes[:1]
         start = time.perf_counter()
         found: list[tuple[Search, Planned]] = []
+        infeasible: InfeasibleError | None = None
         for mesh in meshes:
             if found and time.perf_counter() - start > self.options.time_limit_s:
                 _log.warning("time limit: %d of %d candidate meshes searched", len(found), len(meshes))
                 break
             search = self.search(mesh)
-            planned = search.solve(self.options.solver)
+            try:
+                planned = search.solve(self.options.solver)
+            except InfeasibleError as error:
+                infeasible = infeasible or error
+                continue
             found.append((search, planned))
             _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
+        if not found:
+            assert infeasible is not None
+            raise infeasible
         search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
+        if self.options.solver == "auto":
+            planned = search.refine(planned)
         bound_s = min(each.lower_bound_s for _, each in found)
         return search, replace(planned, lower_bound_s=bound_s)
 
@@ -393,10 +406,9 @@ def compare(
 
 def compare_with(planner: Planner) -> Comparison:
     """Compare the strategies of a prepared planner."""
-    search = planner.search(planner.meshes()[0])
-    rows = [p for name in FIXED for p in _possible(search, name)]
+    rows = planner.baselines()
     _, planned = planner.best()
-    fits = [search.fits(row) for row in rows]
+    fits = [row.timeline.memory_bytes <= planner.limit_bytes for row in rows]
     return Comparison(planner, (*rows, planned), (*fits, True))
 
 

@@ -67,9 +67,9 @@ class StepPricer:
 
     def price(self, source: Layout, target: Layout, item_bytes: int) -> Price:
         """Return the price of turning one layout into another, for elements of so many bytes."""
-        key = (source, target, item_bytes)
+        key = (source.value, target.value, item_bytes)
         if key not in self._prices:
-            self._prices[key] = sum((self.step(s, item_bytes) for s in steps(source, target)), FREE)
+            self._prices[key] = sum((self.step(s, item_bytes) for s in steps(*key[:2])), FREE)
         return self._prices[key]
 
     def all_reduce(self, axes: tuple[int, ...], num_bytes: int) -> Price:

@@ -144,6 +144,11 @@ class Layout:
         """The layout of this tensor's gradient: the same regions, addends where copies are shared."""
         return self.with_placements(tuple(p if isinstance(p, int) else _GRADIENT[p] for p in self.placements))
 
+    @functools.cached_property
+    def value(self) -> "Layout":
+        """The layout without what only matters to gradients: shared copies are equal copies."""
+        return self.with_placements(tuple(Whole.EQUAL if p is Whole.SHARED else p for p in self.placements))
+
     def with_placements(self, placements: tuple[Placement, ...]) -> "Layout":
         """Return this layout with other placements."""
         return self if placements == self.placements else replace(self, placements=placements)

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ SYNC_WEIGHTS: Final = (1.0, 0.5, 0.0)
 """Shares of the gradient sync that the additive starts pay; behind backward, none to all is hidden."""
 BUCKET_BYTES: Final = (1 * MIB, 4 * MIB, DEFAULT_BUCKET_BYTES)
 """Bucket sizes that are tried; small ones start early, large ones have fewer latencies."""
-MAX_TRIALS: Final = 4000
+MAX_TRIALS: Final = 2000
 """Simulated steps that local search may try; a count, so that the plan does not depend on the clock."""
 
 SOLVERS: Final = ("auto", "dp", "ilp", "exhaustive", *FIXED, *ALIASES)
@@ -70,7 +70,7 @@ class Search:
         self._bound_s: float | None = None
 
     def solve(self, solver: str) -> Planned:
-        """Return the plan of a solver.
+        """Return the plan of a solver; ``auto`` is to be followed by ``refine``.
 
         Raises:
             InfeasibleError: no strategy, or not this fixed one, obeys the memory limit.
@@ -81,7 +81,7 @@ class Search:
             self._require_memory(planned)
             return planned
         if solver == "auto":
-            return self._auto()
+            return self._best_start()
         solvers: dict[str, Solver] = {"dp": self._dp, "ilp": solve_ilp, "exhaustive": solve_exhaustively}
         solution = solvers[solver](self._formulation.problem, self._limits)
         return self._planned(solver, self._layer_choice(solution, self._formulation), solution.status)
@@ -114,7 +114,8 @@ class Search:
             raise NoPlanError(f"the solver ended without a plan: {solution.status}. Raise --time-limit.")
         return formulation.layer_choice(solution.choice)
 
-    def _auto(self) -> Planned:
+    def _best_start(self) -> Planned:
+        """Return the best of the exact searches, with more and less of the sync priced, and the fixed strategies."""
         starts: list[tuple[str, Choice]] = []
         for weight in SYNC_WEIGHTS:
             formulation = (
@@ -127,24 +128,18 @@ class Search:
             with contextlib.suppress(InfeasibleError):  # its dimension is forbidden
                 starts.append((name, fixed_strategy(name, self.table, self._formulation).choice))
         plans = [self._planned("auto", choice, Status.FEASIBLE) for _, choice in starts]
-        fitting = [plan for plan in plans if self.fits(plan)]
-        best = min(fitting, key=lambda plan: plan.timeline.step_s)
-        trials = itertools.count()
-        for plan in sorted(fitting, key=lambda plan: plan.timeline.step_s)[:3]:
-            improved = self._local_search(plan, trials)
-            best = min(best, improved, key=lambda plan: plan.timeline.step_s)
         for (name, _), plan in zip(starts, plans, strict=True):
             _log.debug("start %s: %.6g s", name, plan.timeline.step_s)
-        return best
+        return min(filter(self.fits, plans), key=lambda plan: plan.timeline.step_s)
 
-    def _local_search(self, start: Planned, trials: Iterable[int]) -> Planned:
-        """Change one variable at a time as long as the simulated step gets shorter."""
+    def refine(self, start: Planned) -> Planned:
+        """Return a plan after local search: one variable at a time, as long as the simulated step gets shorter."""
         formulation = self._formulation
         members: list[list[int]] = [[] for _ in formulation.problem.node_s]
         for layer, v in enumerate(formulation.variable_of):
             members[v].append(layer)
         choice, best_s = list(start.choice), start.timeline.step_s
-        counter = iter(trials)
+        trials = itertools.count()
         improved = True
         while improved:
             improved = False
@@ -155,7 +150,7 @@ class Search:
                         trial[layer] = formulation.options[layer][option]
                     if trial == choice:
                         continue
-                    if next(counter) >= MAX_TRIALS:
+                    if next(trials) >= MAX_TRIALS:
                         return self._planned("auto", tuple(choice), Status.FEASIBLE)
                     step_s = simulated_step_s(self.table, trial, start.bucket_bytes)
                     if step_s < best_s * (1 - 1e-9) and self._choice_fits(trial):
