@@ -245,7 +245,7 @@ class Planner:
             meshes = meshes[:1]
         start = time.perf_counter()
         found: list[tuple[Search, Planned]] = []
-        infeasible: InfeasibleError | None = None
+        failure: LayerwiseError | None = None
         for mesh in meshes:
             if found and time.perf_counter() - start > self.options.time_limit_s:
                 _log.warning("time limit: %d of %d candidate meshes searched", len(found), len(meshes))
@@ -253,14 +253,15 @@ class Planner:
             search = self.search(mesh)
             try:
                 planned = search.solve(self.options.solver)
-            except InfeasibleError as error:
-                infeasible = infeasible or error
+            except (InfeasibleError, NoPlanError, UsageError) as error:  # another mesh may do
+                _log.info("mesh %s: %s", "x".join(map(str, mesh.shape)) or "1", error)
+                failure = failure or error
                 continue
             found.append((search, planned))
             _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
         if not found:
-            assert infeasible is not None
-            raise infeasible
+            assert failure is not None
+            raise failure
         search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
         if self.options.solver == "auto":
             planned = search.refine(planned)
@@ -323,6 +324,9 @@ def prepare(
         raise UnknownNameError("solver", options.solver, SOLVERS)
     if not example_inputs or not example_inputs[0].dim() or example_inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
+    if any(x.shape[:1] != example_inputs[0].shape[:1] for x in example_inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in example_inputs)
+        raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
     traced = trace_layers(model, tuple(example_inputs), origin.name)
@@ -362,7 +366,7 @@ def plan_model(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Strategies on one problem, fastest predicted step first for the planned one's sake last.
+    """Strategies on one problem: the fixed ones, then the planned one.
 
     Attributes:
         rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
@@ -434,7 +438,11 @@ def reprice(plan: Plan, machine: Machine) -> Timeline:
     planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name))
     refuse_other_model(plan, planner.traced.layers)
     table = planner.table(plan.mesh)
-    return simulate(table, table.choice(plan.strategy), plan.bucket_bytes)
+    try:
+        choice = table.choice(plan.strategy)
+    except ValueError as error:
+        raise UsageError(f"the plan cannot be priced here: {error}") from error
+    return simulate(table, choice, plan.bucket_bytes)
 
 
 def example_inputs(

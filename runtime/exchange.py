@@ -4,17 +4,20 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from planner.errors import RunError
+from planner.errors import MismatchError, RunError
 from planner.ir.layout import Cut, Layout
 from planner.ir.region import Region
 from planner.ir.transfer import Step, StepKind, steps, transfers
 from runtime.communicator import Communicator, members_of
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+
+MAX_BATCH_SIZES: Final = 32
+"""For which a conversion stays compiled."""
 
 
 def compile_steps(source: Layout, target: Layout, communicator: Communicator, name: str) -> tuple[Run, ...]:
@@ -34,7 +37,7 @@ def _guarded(run: Run, step: Step, communicator: Communicator, name: str) -> Run
         except RuntimeError as error:
             raise RunError(
                 f"rank {communicator.mesh.ranks[communicator.position]}: {step.kind} of {name} failed: {error}. "
-                "A peer died or hangs; see its own message."
+                "If a peer died or hangs, see its own message."
             ) from error
 
     return guarded
@@ -154,35 +157,46 @@ class Conversion:
         source, target: layouts for the planned batch.
         name: what is converted, for messages.
         has_samples: the first dimension holds the samples, so the layouts follow the batch.
-        own_source, own_target: the layout is that of the user's own batches (an input or output of
-            the model), which may have any sizes.
     """
 
     source: Layout
     target: Layout
     name: str
     has_samples: bool
-    own_source: bool = False
-    own_target: bool = False
     _compiled: dict[Batch, tuple[tuple[Run, ...], tuple[Run, ...]]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def is_trivial(self) -> bool:
+        """Whether nothing is to do in either direction, whatever the batch: both sides are cut alike."""
+        return not steps(self.source, self.target) and not steps(self.target.gradient, self.source.gradient)
+
     def compiled(self, batch: Batch, communicator: Communicator) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-        """Return what to run forward and backward."""
+        """Return what to run forward and backward.
+
+        Raises:
+            MismatchError: the batch is so small that a rank would get nothing.
+        """
         if batch not in self._compiled:
-            source = self._resized(self.source, batch, own=self.own_source)
-            target = self._resized(self.target, batch, own=self.own_target)
+            source, target = self._resized(self.source, batch), self._resized(self.target, batch)
+            if source.has_empty_piece() or target.has_empty_piece():
+                raise MismatchError(
+                    f"a batch of {batch.size} is too small for this plan: {self.name} would leave a rank without "
+                    "samples. Pass a larger batch, or plan for this one."
+                )
+            if len(self._compiled) >= MAX_BATCH_SIZES:
+                self._compiled.clear()
             self._compiled[batch] = (
                 compile_steps(source, target, communicator, self.name),
                 compile_steps(target.gradient, source.gradient, communicator, f"the gradient of {self.name}"),
             )
         return self._compiled[batch]
 
-    def _resized(self, layout: Layout, batch: Batch, *, own: bool) -> Layout:
-        """Return a layout for another batch."""
+    def _resized(self, layout: Layout, batch: Batch) -> Layout:
+        """Return a layout for another batch; where every axis cuts the samples, pieces are the users' own."""
         if not self.has_samples:
             return layout
         layout = layout.with_size(0, batch.size)
-        if own and batch.pieces is not None:
+        if batch.pieces is not None:
             layout = replace(layout, cuts=(Cut(sizes=batch.pieces), *layout.cuts[1:]))
         return layout
 
@@ -207,13 +221,14 @@ class Convert(torch.autograd.Function):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, whose backward multiplies by a number."""
+    """The identity, whose backward multiplies by a number that is asked for only then."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, factor: Callable[[], float]) -> torch.Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return gradients[0] * ctx.factor, None
+        factor = ctx.factor()
+        return gradients[0] if factor == 1.0 else gradients[0] * factor, None

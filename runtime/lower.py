@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from planner.frontend.lower import TracedModel
+from planner.frontend.lower import TracedModel, parameter_names
 from planner.frontend.recognize import function_name, is_in_place, tensor_inputs
 from planner.ir import ops as ir
 from planner.ir.graph import Layer
@@ -22,6 +22,7 @@ from runtime.communicator import Axes, group_size
 from runtime.exchange import Conversion
 from runtime.ops import (
     BatchNorm,
+    Bias,
     Dropout,
     LocalLoss,
     Product,
@@ -48,11 +49,13 @@ class Lowered:
         modules: by full name.
         synchronised: name, parameter and axes of every parameter whose gradient is reduced, in the
             order in which backward makes the gradients ready.
+        replicas: by identity of a local parameter, how many ranks hold the same piece.
     """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
     synchronised: list[tuple[str, nn.Parameter, Axes]]
+    replicas: dict[int, int]
 
 
 def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
@@ -78,6 +81,7 @@ class Lowering:
 
     def __init__(self, traced: TracedModel, model: nn.Module, plan: Plan, state: StepState) -> None:
         self._traced, self._model, self._plan, self._state = traced, model, plan, state
+        self._names = parameter_names(model)
         self._graph = traced.graph
         self._nodes = {node.name: node for node in self._graph.nodes}
         self._mesh, self._strategy = plan.mesh, plan.strategy
@@ -88,6 +92,7 @@ class Lowering:
             for layer in traced.layers.layers
         }
         self._pieces: dict[int, nn.Parameter] = {}  # by the whole parameter: tied layers share one piece
+        self._replicas: dict[int, int] = {}
         self._values: dict[LayerId, fx.Node] = {}
 
     def run(self) -> Lowered:
@@ -105,7 +110,7 @@ class Lowering:
         self._replace_outputs(outputs)
         self._graph.lint()
         ready = list(reversed(self._synchronised.values()))
-        return Lowered(self._graph, self._modules, ready)
+        return Lowered(self._graph, self._modules, ready, self._replicas)
 
     # ---- layers
 
@@ -140,20 +145,17 @@ class Lowering:
         if not (is_input or is_output) and not steps(have, need) and not steps(need.gradient, have.gradient):
             return value
         samples = bool(producer.output.shape) and producer.output.shape[0] == graph.batch
-        conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples, is_input, is_output)
+        conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples)
         factor = _of_input if is_input else (self._output_factor(samples) if is_output else None)
-        name = self._add(
-            f"transfers.{_plain(layer.id)}_{position}",
-            Redistribution(conversion, self._state, factor),
-        )
-        after = self._last_use_before(value)
-        with self._graph.inserting_after(after):
-            node = self._graph.call_module(name, (value,))
+        return self._insert(f"transfers.{_plain(layer.id)}", Redistribution(conversion, self._state, factor), value)
+
+    def _insert(self, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
+        """Call a new module on a value, right behind it; return the node with the result."""
+        behind = value if value.op != "placeholder" else list(self._graph.find_nodes(op="placeholder"))[-1]
+        with self._graph.inserting_after(behind):
+            node = self._graph.call_module(self._add(f"{name}_{len(self._modules)}", module), (value,))
         node.meta["val"] = value.meta.get("val")
         return node
-
-    def _last_use_before(self, value: fx.Node) -> fx.Node:
-        return value if value.op != "placeholder" else list(self._graph.find_nodes(op="placeholder"))[-1]
 
     def _output_factor(self, samples: bool) -> Any:
         return _of_own_samples if samples and self._plan.input_output is InputOutput.PER_RANK else _of_whole
@@ -164,6 +166,7 @@ class Lowering:
         output.args = fx.node.map_arg(output.args, lambda _: next(found))
 
     def _add(self, name: str, module: nn.Module) -> str:
+        assert name not in self._modules, f"two modules called {name}"
         self._modules[name] = module
         return name
 
@@ -176,34 +179,54 @@ class Lowering:
         match op:
             case ir.Conv() | ir.Linear():
                 assert isinstance(original, WholeProduct)
-                self._add(name, self._product(layer, name, original))
+                if name not in self._modules:  # a module that is called twice is tied to one split
+                    self._add(name, self._product(layer, original))
+                return self._resolved(layer, node)
             case ir.BatchNorm():
                 assert isinstance(original, WholeNorm)
-                self._add(name, self._batch_norm(layer, name, original))
+                if name not in self._modules:
+                    self._add(name, self._batch_norm(layer, original))
             case ir.Dropout():
                 return self._dropout(layer, node, op)
             case ir.Flatten():
                 return self._swap_call(node, torch.flatten, 1)
-            case ir.Elementwise("identity") if node.op == "call_method" and name in {
-                "view",
-                "reshape",
-            }:
-                return self._swap_call(node, torch.Tensor.view_as, tensor_inputs(node)[0])
+            case ir.Elementwise("identity") if _reshapes(node, original):
+                return self._swap_call(node, torch.Tensor.contiguous)  # its sizes are those of the whole batch
             case ir.Loss():
                 return self._loss(layer, node, op, original)
             case _:
-                self._as_it_is(node, original, keeps_in_place=not is_main)
+                fresh = not is_main and _makes_new_memory(tensor_inputs(node)[0], self._modules)
+                self._as_it_is(node, original, keeps_in_place=fresh)
         return node
+
+    def _resolved(self, layer: Layer, node: fx.Node) -> fx.Node:
+        """Return the node with a product's output: behind it, partial sums are resolved and the bias added."""
+        mine = self._layouts[layer.id]
+        if not steps(mine.computed, mine.output):
+            return node
+        users = list(node.users)
+        samples = layer.output.shape[0] == self._traced.layers.batch
+        conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples)
+        result = self._insert(f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
+        product = self._modules[str(node.target)]
+        assert isinstance(product, Product)
+        if product.bias is not None:
+            result = self._insert(f"biases.{_plain(layer.id)}", Bias(product), result)
+        for user in users:
+            user.replace_input_with(node, result)
+        return result
 
     def _as_it_is(self, node: fx.Node, original: nn.Module | None, *, keeps_in_place: bool) -> None:
         """Keep an operator; a write into a tensor that others may read becomes a new tensor."""
         in_place = is_in_place(node, original) and not keeps_in_place
         if original is not None:
-            module = original
+            name = str(node.target)
             if in_place:
                 module = copy.copy(original)
                 module.inplace = False  # type: ignore[assignment]  # the attribute of element-wise modules
-            self._add(str(node.target), module)
+                node.target = self._add(f"{name}_out_of_place_{len(self._modules)}", module)
+            elif name not in self._modules:
+                self._add(name, original)
         elif in_place:
             target = node.target
             node.target = target.rstrip("_") if isinstance(target, str) else _OUT_OF_PLACE.get(target, target)
@@ -226,7 +249,9 @@ class Lowering:
     def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout) -> fx.Node:
         axes = tuple(i for i, p in enumerate(self._layouts[layer.id].output.placements) if isinstance(p, int))
         key = shard_key(node.name, self._mesh, self._state.communicator.position, axes)
-        name = self._add(f"dropouts.{_plain(node.name)}", Dropout(op.probability, op.whole_channels, key, self._state))
+        own = str(node.target) if node.op == "call_module" else f"dropouts.{_plain(node.name)}"
+        name = own if own not in self._modules else f"{own}_{len(self._modules)}"
+        self._add(name, Dropout(op.probability, op.whole_channels, key, self._state))
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, (tensor_inputs(node)[0],))
         return self._take_over(node, new)
@@ -240,7 +265,7 @@ class Lowering:
         call = original if original is not None else node.target
         assert callable(call)
         name = self._add(
-            f"losses.{_plain(layer.id)}",
+            f"losses.{_plain(layer.id)}_{len(self._modules)}",
             LocalLoss(call, op.reduction == "mean", resolve, self._state),
         )
         with self._graph.inserting_after(node):
@@ -264,8 +289,9 @@ class Lowering:
                     num_bytes[g] = num_bytes.get(g, 0) + layout.region(0).volume
         return max(sorted(num_bytes), key=num_bytes.__getitem__)
 
-    def _local(self, layer: Layer, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def _local(self, layer: Layer, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return the local piece of a parameter or buffer and the factor for its gradient."""
+        name = self._names[id(tensor)]
         index = next(i for i, p in enumerate(layer.params) if p.name == name)
         layout: Layout = self._layouts[layer.id].params[index]
         position = self._state.communicator.position
@@ -273,30 +299,27 @@ class Lowering:
             return local_piece(tensor, layout, position), 1.0
         axes = layout.axes_with(Whole.SHARED)
         piece = self._pieces.setdefault(id(tensor), local_parameter(tensor, layout, position))
+        self._replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
         if axes and tensor.requires_grad:
             self._synchronised[id(piece)] = (name, piece, axes)
         return piece, group_size(self._mesh, axes) / self._state.gradient_scale
 
-    def _product(self, layer: Layer, name: str, original: WholeProduct) -> nn.Module:
+    def _product(self, layer: Layer, original: WholeProduct) -> nn.Module:
         mine = self._layouts[layer.id]
-        weight, factor = self._local(layer, f"{name}.weight", original.weight)
+        weight, factor = self._local(layer, original.weight)
         bias, bias_factor = None, 1.0
         if original.bias is not None:
-            bias, bias_factor = self._local(layer, f"{name}.bias", original.bias)
+            bias, bias_factor = self._local(layer, original.bias)
         groups = 1
         if isinstance(layer.op, ir.Conv) and layer.op.groups > 1:
             groups = layer.op.groups * weight.shape[0] // layer.op.out_channels
-        resolve = None
-        if steps(mine.computed, mine.output):
-            samples = layer.output.shape[0] == self._traced.layers.batch
-            conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples)
-            resolve = Redistribution(conversion, self._state)
-        if resolve is None and weight is original.weight and factor == bias_factor == 1.0:
+        adds_bias = not steps(mine.computed, mine.output)
+        if adds_bias and weight is original.weight and factor == bias_factor == 1.0:
             return original
         assert isinstance(weight, nn.Parameter)
-        return Product(original, weight, bias, groups, resolve, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter as well
+        return Product(original, weight, bias, groups, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter as well
 
-    def _batch_norm(self, layer: Layer, name: str, original: WholeNorm) -> nn.Module:
+    def _batch_norm(self, layer: Layer, original: WholeNorm) -> nn.Module:
         axes = reduced_axes(self._strategy[layer.id]) if self._plan.sync_batch_norm else ()
         tensors: dict[str, torch.Tensor] = {}
         factor = 1.0
@@ -304,11 +327,22 @@ class Lowering:
             *original.named_parameters(recurse=False),
             *original.named_buffers(recurse=False),
         ]:
-            tensors[own], this = self._local(layer, f"{name}.{own}", tensor)
+            tensors[own], this = self._local(layer, tensor)
             factor = this if isinstance(tensor, nn.Parameter) else factor
         if not axes and factor == 1.0 and tensors["weight"] is original.weight:
             return original
         return BatchNorm(original, tensors, axes, self._state, factor)
+
+
+def _reshapes(node: fx.Node, original: nn.Module | None) -> bool:
+    return isinstance(original, nn.Flatten | nn.Unflatten) or function_name(node) in {"view", "reshape", "flatten"}
+
+
+def _makes_new_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a node's result is surely no view of anything that is read elsewhere."""
+    fresh = (Product, Bias, BatchNorm, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), (*fresh, *norms))
 
 
 def _plain(name: str) -> str:

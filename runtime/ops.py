@@ -6,6 +6,7 @@ parallel module's ``state_dict`` keeps the user's names.
 Shapes: N samples, C channels, ... space or nothing.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,11 +74,12 @@ class Redistribution(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state
-        forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
-        if forward or backward:
+        if not self._conversion.is_trivial:
+            forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
             x = Convert.apply(x, forward, backward)
-        factor = self._factor(state) if self._factor is not None else 1.0
-        return x if factor == 1.0 else ScaleGradient.apply(x, factor)
+        if self._factor is not None and x.requires_grad:
+            x = ScaleGradient.apply(x, functools.partial(self._factor, state))
+        return x
 
     def extra_repr(self) -> str:
         return self._conversion.name
@@ -92,8 +94,7 @@ class Product(nn.Module):
         original: the whole module, for its attributes.
         weight, bias: local pieces.
         groups: of the local convolution.
-        resolve: turns partial sums into the layer's output; None where there are none. The bias is
-            added once, behind it.
+        adds_bias: false where the result is a partial sum; then ``Bias`` adds it once it is resolved.
         gradient_factors: by which the gradients of weight and bias are multiplied.
     """
 
@@ -105,31 +106,46 @@ class Product(nn.Module):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         groups: int,
-        resolve: Redistribution | None,
+        adds_bias: bool,
         gradient_factors: tuple[float, float],
     ) -> None:
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self.resolve = resolve
+        self._adds_bias = adds_bias
         self._factors = gradient_factors
         self._call = _product(original, groups)
-        self._spatial = weight.dim() - 2
+        self.num_spatial = weight.dim() - 2
         self._description = f"{type(original).__name__}, local weight {tuple(weight.shape)}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = _scaled(self.weight, self._factors[0]), _scaled(self.bias, self._factors[1])
-        if self.resolve is None:
-            return self._call(x, weight, bias)
-        y: torch.Tensor = self.resolve(self._call(x, weight, None))
-        return y if bias is None else y + bias.view(-1, *[1] * self._spatial)
+        weight = _scaled(self.weight, self._factors[0])
+        return self._call(x, weight, self.scaled_bias() if self._adds_bias else None)
+
+    def scaled_bias(self) -> torch.Tensor | None:
+        """Return the bias as the layer uses it."""
+        found: torch.Tensor | None = _scaled(self.bias, self._factors[1])
+        return found
 
     def extra_repr(self) -> str:
         return self._description
 
 
+class Bias(nn.Module):
+    """Adds the bias of a product whose partial sums have been resolved; holds no parameter itself."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self._product = (product,)  # in a tuple, so that it is no submodule with a second name
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        (product,) = self._product
+        bias = product.scaled_bias()
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * product.num_spatial)
+
+
 def _scaled(parameter: torch.Tensor | None, factor: float) -> Any:
-    return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, factor)
+    return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, lambda: factor)
 
 
 def _product(original: WholeProduct, groups: int) -> Callable[..., torch.Tensor]:
@@ -212,8 +228,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
         dims = [d for d in range(x.dim()) if d != 1]
         channels = x.shape[1]
         local_count = x.numel() // channels
-        variance, mean = torch.var_mean(x, dims, correction=0)
         wide = torch.promote_types(x.dtype, torch.float32)
+        variance, mean = torch.var_mean(x.to(wide), dims, correction=0)
         packed = torch.cat([mean.to(wide), variance.to(wide), mean.new_tensor([local_count], dtype=wide)])
         size = group_size(communicator.mesh, axes)
         rows = communicator.all_gather(packed, [packed.numel()] * size, axes).view(size, -1)
@@ -231,19 +247,19 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, mean, invstd = ctx.saved_tensors
-        dy = gradients[0].contiguous()
+        dy = gradients[0]
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        centred = x - mean.view(shape)
-        d_bias = dy.sum(dims)
+        centred = x.to(mean.dtype) - mean.view(shape)
+        d_bias = dy.sum(dims, dtype=mean.dtype)
         d_weight = (dy * centred).sum(dims) * invstd
         packed = torch.cat([d_bias, d_weight])
         ctx.communicator.all_reduce(packed, ctx.axes)
         sum_dy, sum_dy_xhat = (packed / ctx.count).chunk(2)
         scale = weight * invstd
-        dx = dy.sub_(sum_dy.view(shape)) if dy is not gradients[0] else dy - sum_dy.view(shape)
+        dx = dy - sum_dy.view(shape)
         dx = dx.sub_(centred.mul_((invstd * sum_dy_xhat).view(shape))).mul_(scale.view(shape))
-        return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+        return dx.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
 
 
 class Dropout(nn.Module):

@@ -23,6 +23,9 @@ from runtime.ops import StepState
 from runtime.params import broadcast_state
 from runtime.reducer import Reducer
 
+CLIP_EPSILON = 1e-6
+"""As in ``torch.nn.utils.clip_grad_norm_``."""
+
 
 class ParallelModule(fx.GraphModule):
     """One rank's part of a planned model: local parameters under their original names.
@@ -34,6 +37,7 @@ class ParallelModule(fx.GraphModule):
     plan: Plan
     _state: StepState
     _reducer: Reducer
+    _replicas: dict[int, int]
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -44,9 +48,34 @@ class ParallelModule(fx.GraphModule):
         finally:
             self._reducer.enabled = True
 
-    def _before_forward(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that the norm of all of them, over all ranks, is at most ``max_norm``.
+
+        Use this instead of ``torch.nn.utils.clip_grad_norm_``, which knows this rank's pieces only.
+
+        Returns:
+            The norm before.
+        """
         state = self._state
-        samples = {x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim()}
+        grads = [(p.grad, self._replicas[id(p)]) for p in self.parameters() if p.grad is not None]
+        device = next(self.parameters()).device
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for gradient, replicas in grads:
+            total += gradient.detach().double().square().sum() / replicas
+        everyone = tuple(range(len(self.plan.mesh.axes)))
+        if everyone:
+            state.communicator.all_reduce(total, everyone)
+        norm = total.sqrt()[0]
+        factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        for gradient, _ in grads:
+            gradient.mul_(factor.to(gradient.dtype))
+        return norm
+
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self._state
+        self._reducer.reset()
+        state.current_batch()  # that of an earlier pass nobody asked for
+        samples = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
         if len(samples) != 1:
             raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
         state.rank_samples = samples.pop()
@@ -126,13 +155,17 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     """Return the parallel module of the communicator's rank; ``parallelize`` without the checks."""
     broadcast_state(model, communicator)
     state = StepState(communicator)
-    seed = torch.tensor([torch.initial_seed() % 2**31])
+    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    seed = torch.tensor([torch.initial_seed() % 2**31], device=device)
     communicator.broadcast(seed)
     state.seed = int(seed)
     lowered = Lowering(traced, model, plan, state).run()
     module = ParallelModule(lowered.modules, lowered.graph, type(model).__name__)
     module.plan, module._state = plan, state
     module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
-    module.register_forward_pre_hook(module._before_forward)
-    module.train(model.training)
+    module._replicas = lowered.replicas
+    module.register_forward_pre_hook(module._before_forward, with_kwargs=True)
+    modes = {name: original.training for name, original in model.named_modules()}
+    for name, part in module.named_modules():
+        part.training = modes.get(name, model.training)
     return module

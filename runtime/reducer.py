@@ -72,6 +72,12 @@ class Reducer:
         self._next = 0
         self._running = False
 
+    def reset(self) -> None:
+        """Forget a backward pass that did not end."""
+        self._running = False
+        for bucket in self._buckets:
+            bucket.ready.clear()
+
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         if not self.enabled:
             return
@@ -93,9 +99,14 @@ class Reducer:
 
     def _launch(self, bucket: _Bucket) -> None:
         self._next += 1
-        for k, view in enumerate(bucket.views):
-            if k not in bucket.ready:
+        for k, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
+            if k in bucket.ready:
+                continue
+            if parameter.grad is None:
                 view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():  # of passes without sync
+                view.copy_(parameter.grad)
+                parameter.grad = view
         bucket.buffer.div_(group_size(self._communicator.mesh, bucket.axes))
         bucket.pending = self._guard(bucket, lambda: self._communicator.start_all_reduce(bucket.buffer, bucket.axes))
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout, Whole
+from planner.ir.layout import Layout
 from planner.ir.ops import (
     BatchNorm,
     Concat,
@@ -71,8 +71,8 @@ def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Op
     """Return the bytes of a layer; activations have element type ``dtype``, parameters their own.
 
     Every output is kept once, by the operator that made it or the one that reads it. What is kept
-    beside it: the input of an absorbed batch norm, the mask of a dropout, the indices of a max
-    pool, and an input that was gathered for a convolution or linear layer.
+    beside it: the input of an absorbed batch norm or of an activation that needs it, the mask of a
+    dropout, the indices of a max pool, and an input that was moved for a convolution or linear layer.
     """
     weights = state = 0
     for parameter, layout in zip(layer.params, layouts.params, strict=True):
@@ -87,9 +87,16 @@ def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Op
     if isinstance(layer.op, Pool) and layer.op.function == "max":
         kept += output // item * DType.INT64.item_bytes
     if isinstance(layer.op, Conv | Linear):
-        kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _is_gathered(layout))
+        kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layout))
     transient = 2 * _elements(layouts.computed) * item + 2 * sum(inputs)
     return LayerBytes(weights, state, kept, transient)
+
+
+_KEEPS_ITS_RESULT: Final = frozenset({
+    "relu", "relu6", "leaky_relu", "leakyrelu", "hardtanh", "sigmoid", "tanh", "exp", "sqrt",
+    "add", "sub", "neg", "identity", "contiguous", "clone",
+})  # fmt: skip
+"""Element-wise functions whose backward needs their result or nothing; all others keep their input as well."""
 
 
 def _elements(layout: Layout) -> int:
@@ -107,9 +114,12 @@ def _kept_by(op: object, output: int, item_bytes: int) -> int:
             return output
         case Dropout():
             return output // item_bytes + output
+        case Elementwise(function=function) if function not in _KEEPS_ITS_RESULT:
+            return output
         case _:
             return 0
 
 
-def _is_gathered(layout: Layout) -> bool:
-    return bool(layout.axes_with(Whole.SHARED, Whole.EQUAL))
+def _may_be_moved(layout: Layout) -> bool:
+    """Return whether an input is probably a new tensor: anything but the producer's own samples."""
+    return any(placement != 0 for placement in layout.placements)

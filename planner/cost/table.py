@@ -81,7 +81,12 @@ class CostTable:
             ValueError: a split is not in the space.
         """
         splits = self.space.splits
-        return tuple(splits[layer.id].index(strategy[layer.id]) for layer in self.space.graph.layers)
+        found = []
+        for layer in self.space.graph.layers:
+            if strategy[layer.id] not in splits[layer.id]:
+                raise ValueError(f"layer {layer.id!r} cannot be split as {strategy[layer.id]} in this search space")
+            found.append(splits[layer.id].index(strategy[layer.id]))
+        return tuple(found)
 
     def strategy(self, choice: tuple[int, ...]) -> Strategy:
         """Return the strategy at these positions of the space."""

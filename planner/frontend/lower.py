@@ -12,6 +12,7 @@ from planner.frontend.recognize import function_name, is_in_place, recognize, te
 from planner.frontend.trace import Inputs, trace
 from planner.ir import ops
 from planner.ir.graph import Absorbed, Layer, LayerGraph, Parameter, share_transfers
+from planner.ir.rules import channel_dim
 from planner.ir.split import LayerId
 from planner.ir.tensor import DType, TensorSpec
 
@@ -62,14 +63,35 @@ def _remove_shared_writes(graph: fx.Graph, root: nn.Module) -> None:
 
     Afterwards a tensor that is written in place and has other readers is read by them before the
     write only, and the runtime may safely make that write out of place.
+
+    Raises:
+        TraceError: a view of another shape of the written tensor is read after the write.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op in {"call_module", "call_function", "call_method"} and is_in_place(node, _submodule(root, node)):
-            written = tensor_inputs(node)[0]
-            for user in list(written.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(written, node)
+            for alias in _aliases(tensor_inputs(node)[0], node, graph):
+                later = [user for user in alias.users if order[user] > order[node]]
+                if later and alias.meta["val"].shape != node.meta["val"].shape:
+                    raise TraceError(
+                        f"{node.meta.get('origin')}: {node.name!r} writes in place into a tensor of which "
+                        f"{alias.name!r} is a view that is read afterwards. Make the operator out of place."
+                    )
+                for user in later:
+                    user.replace_input_with(alias, node)
+
+
+def _aliases(written: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes in front of a write whose values share memory with the written tensor."""
+    storage = written.meta["val"].untyped_storage()._cdata
+    found = []
+    for node in graph.nodes:
+        if node is writer:
+            break
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == storage:
+            found.append(node)
+    return found
 
 
 class _Builder:
@@ -77,6 +99,7 @@ class _Builder:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
+        self._names = parameter_names(root)
         self._layers: list[_Draft] = []
         self._layer_of: dict[fx.Node, _Draft] = {}
         self._ids: set[str] = set()
@@ -104,11 +127,11 @@ class _Builder:
         if (draft := self._absorber(op, sources)) is not None:
             draft.absorbed.append(Absorbed(self._name(node), op))
             draft.nodes.append(node)
-            draft.params.extend(_parameters(node, module))
+            draft.params.extend(_parameters(module, self._names))
             self._layer_of[node] = draft
         else:
             draft = self._start(node, op, sources, self._name(node))
-            draft.params.extend(_parameters(node, module))
+            draft.params.extend(_parameters(module, self._names))
 
     def _absorber(self, op: ops.Op, sources: list[fx.Node]) -> "_Draft | None":
         """Return the layer that takes in an operator: its only input's, read by nobody else."""
@@ -117,6 +140,10 @@ class _Builder:
         draft = self._layer_of[sources[0]]
         if isinstance(draft.op, ops.Input | ops.Loss):
             return None
+        shape = tuple(sources[0].meta["val"].shape)
+        by_channel = isinstance(op, ops.BatchNorm) or (isinstance(op, ops.Dropout) and op.whole_channels)
+        if by_channel and channel_dim(draft.op, shape) != 1:
+            return None  # a linear layer on (N, L, F) has its channels last
         joins = isinstance(op, ops.Elementwise | ops.Dropout)
         follows = isinstance(op, ops.BatchNorm) and isinstance(draft.op, ops.Conv | ops.Linear)
         return draft if joins or (follows and not draft.absorbed) else None
@@ -186,7 +213,12 @@ def _spec(node: fx.Node) -> TensorSpec:
                          f"{tuple(value.shape)}: {error}") from error  # fmt: skip
 
 
-def _parameters(node: fx.Node, module: nn.Module | None) -> list[Parameter]:
+def parameter_names(root: nn.Module) -> dict[int, str]:
+    """Return one name for every parameter and buffer, by identity: the first, where modules share it."""
+    return {id(t): name for name, t in [*root.named_parameters(), *root.named_buffers()]}
+
+
+def _parameters(module: nn.Module | None, names: dict[int, str]) -> list[Parameter]:
     if module is None:
         return []
     is_product = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -199,7 +231,7 @@ def _parameters(node: fx.Node, module: nn.Module | None) -> list[Parameter]:
         spec = TensorSpec(tuple(tensor.shape), DType(str(tensor.dtype).removeprefix("torch.")))
         out_dim = 0 if spec.shape else None
         in_dim = 1 if is_product and name == "weight" else None
-        found.append(Parameter(f"{node.target}.{name}", spec, out_dim, in_dim, trainable))
+        found.append(Parameter(names[id(tensor)], spec, out_dim, in_dim, trainable))
     return found
 
 

@@ -158,3 +158,23 @@ def share_transfers(graph: LayerGraph) -> LayerGraph:
 def is_boundary(op: Op) -> bool:
     """Return whether an operator is an input or output of the model, whose split the plan's io pins."""
     return isinstance(op, Input | Output)
+
+
+def tied_layers(graph: LayerGraph) -> tuple[int, ...]:
+    """Return for every layer the first layer with which it shares a parameter, directly or not.
+
+    Tied layers take the same split on every axis.
+    """
+    leader = list(range(len(graph.layers)))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            i = leader[i]
+        return i
+
+    owner: dict[str, int] = {}
+    for i, layer in enumerate(graph.layers):
+        for parameter in layer.params:
+            low, high = sorted((find(owner.setdefault(parameter.name, i)), find(i)))
+            leader[high] = low
+    return tuple(find(i) for i in range(len(graph.layers)))

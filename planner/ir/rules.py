@@ -194,10 +194,13 @@ def reduced_axes(split: Split) -> tuple[int, ...]:
     return tuple(i for i, d in enumerate(split.dimensions) if d is Dimension.SAMPLE or d in SPATIAL_DIMENSIONS)
 
 
-def is_legal(layer: Layer, inputs: tuple[TensorSpec, ...], mesh: Mesh, split: Split) -> bool:
-    """Return whether a layer may be split so: known dimensions, no empty piece, whole groups."""
+def is_legal(layer: Layer, graph: LayerGraph, mesh: Mesh, split: Split) -> bool:
+    """Return whether a layer may be split so: known dimensions, no empty piece, whole groups, real samples."""
+    inputs = graph.inputs_of(layer)
     table = effects(layer.op, layer.output.shape)
     if any(dimension not in table for dimension in split.dimensions):
+        return False
+    if Dimension.SAMPLE in split.dimensions and any(s.shape[:1] != (graph.batch,) for s in inputs):
         return False
     found = layouts(layer, inputs, mesh, split)
     if any(layout.has_empty_piece() for layout in (*found.inputs, found.output, *found.params)):
@@ -231,10 +234,7 @@ def legal_splits(
     """Return the legal splits of a layer, in a fixed order; ``replicate`` is always allowed."""
     if isinstance(layer.op, Input | Output):
         return (io_split(layer.op, layer.output, graph.batch, mesh, io),)
-    inputs = graph.inputs_of(layer)
     permitted = {*allowed, Dimension.REPLICATE, Dimension.BROADCAST}
     dims = [d for d in Dimension if d in permitted and d in effects(layer.op, layer.output.shape)]
-    if any(not spec.shape or spec.shape[0] != graph.batch for spec in inputs):
-        dims = [d for d in dims if d is not Dimension.SAMPLE]
     candidates = (Split.of(mesh, choice) for choice in itertools.product(dims, repeat=len(mesh.axes)))
-    return tuple(split for split in candidates if is_legal(layer, inputs, mesh, split))
+    return tuple(split for split in candidates if is_legal(layer, graph, mesh, split))

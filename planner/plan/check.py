@@ -1,12 +1,17 @@
 """Is a plan consistent, and does it belong to this network and this machine?"""
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from planner.errors import FormatError, MismatchError
-from planner.ir.graph import LayerGraph, is_boundary
+from planner.ir.graph import LayerGraph, is_boundary, tied_layers
 from planner.ir.ops import Redistribute
 from planner.ir.rules import InputOutput, io_split, is_legal
 from planner.plan.schema import Plan
+
+MAX_ELEMENTS: Final = 2**50
+"""Of an input; beyond this, sizes in bytes overflow in torch."""
 
 
 def refuse_inconsistent(plan: Plan, what: str) -> None:
@@ -21,20 +26,30 @@ def refuse_inconsistent(plan: Plan, what: str) -> None:
 
 
 def _problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield from _input_problems(plan)
+    yield from _stage_problems(plan)
+
+
+def _input_problems(plan: Plan) -> Iterator[tuple[str, str]]:
     for i, tensor in enumerate(plan.model.inputs):
+        if math.prod(tensor.shape) > MAX_ELEMENTS:
+            yield f"$.model.inputs[{i}].shape", f"has more than {MAX_ELEMENTS} elements"
         if tensor.shape[0] != plan.batch:
             yield (
                 f"$.model.inputs[{i}].shape[0]",
                 f"is {tensor.shape[0]}, but the batch is {plan.batch}",
             )
+
+
+def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:
     for s, stage in enumerate(plan.stages):
         try:
             mesh = stage.mesh.mesh()
         except ValueError as error:
             yield f"$.stages[{s}].mesh", str(error)
             continue
-        if sorted(mesh.ranks) != list(range(mesh.size)):
-            yield f"$.stages[{s}].mesh.ranks", f"are not the numbers 0 to {mesh.size - 1}"
+        if mesh.ranks != tuple(range(mesh.size)):
+            yield f"$.stages[{s}].mesh.ranks", f"are not the numbers 0 to {mesh.size - 1} in order"
         if mesh.size > plan.cluster.num_devices:
             yield (
                 f"$.stages[{s}].mesh",
@@ -72,13 +87,21 @@ def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
             f"the plan's layers have this model's names, but operators, shapes or parameters differ (graph digest "
             f"{graph.digest[:12]}…, plan {plan.model.graph_sha256[:12]}…). {advice}"
         )
+    leader = tied_layers(graph)
+    for i, layer in enumerate(graph.layers):
+        first = graph.layers[leader[i]]
+        if strategy[layer.id] != strategy[first.id]:
+            raise MismatchError(
+                f"layers {first.id!r} and {layer.id!r} share a parameter, but are split as {strategy[first.id]} and "
+                f"{strategy[layer.id]}. {advice}"
+            )
     io = InputOutput(plan.io)
     for layer in graph.layers:
         split = strategy[layer.id]
         legal = (
             split == io_split(layer.op, layer.output, graph.batch, mesh, io)
             if is_boundary(layer.op)
-            else is_legal(layer, graph.inputs_of(layer), mesh, split)
+            else is_legal(layer, graph, mesh, split)
         )
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind

@@ -9,7 +9,7 @@ from typing import Final
 
 from planner.cost.simulate import Timeline, simulate, simulated_step_s
 from planner.cost.table import CostTable
-from planner.errors import InfeasibleError, NoPlanError
+from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UsageError
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
 from planner.search.elimination import solve_dp
 from planner.search.exhaustive import solve_exhaustively
@@ -17,6 +17,7 @@ from planner.search.fixed import ALIASES, FIXED, fixed_strategy
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
 from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
+from planner.search.verify import problems_of
 from planner.units import MIB, format_bytes
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Search:
     def __init__(self, table: CostTable, limit_bytes: int | None, limits: Limits | None = None) -> None:
         self.table = table
         self._limit_bytes, self._limits = limit_bytes, limits or Limits()
-        self._formulation = formulate(table, limit_bytes=limit_bytes)
+        self.formulation = formulate(table, limit_bytes=limit_bytes)
         self._bound_s: float | None = None
 
     def solve(self, solver: str) -> Planned:
@@ -83,12 +84,14 @@ class Search:
         if solver == "auto":
             return self._best_start()
         solvers: dict[str, Solver] = {"dp": self._dp, "ilp": solve_ilp, "exhaustive": solve_exhaustively}
-        solution = solvers[solver](self._formulation.problem, self._limits)
-        return self._planned(solver, self._layer_choice(solution, self._formulation), solution.status)
+        solution = solvers[solver](self.formulation.problem, self._limits)
+        if wrong := problems_of(self.formulation.problem, solution):
+            raise NoPlanError(f"solver {solver!r} gave an answer that does not verify: {'; '.join(wrong)}")
+        return self._planned(solver, self._layer_choice(solution, self.formulation), solution.status)
 
     def fixed(self, name: str) -> Planned:
         """Return a fixed strategy whether or not it fits in memory."""
-        found = fixed_strategy(name, self.table, self._formulation)
+        found = fixed_strategy(name, self.table, self.formulation)
         return self._planned(name, found.choice, Status.FEASIBLE, found.num_replaced)
 
     def forced(self, choice: Choice) -> Planned:
@@ -117,24 +120,32 @@ class Search:
     def _best_start(self) -> Planned:
         """Return the best of the exact searches, with more and less of the sync priced, and the fixed strategies."""
         starts: list[tuple[str, Choice]] = []
-        for weight in SYNC_WEIGHTS:
-            formulation = (
-                self._formulation if weight == 1
-                else formulate(self.table, sync_weight=weight, limit_bytes=self._limit_bytes)
-            )  # fmt: skip
-            solution = self._dp(formulation.problem, self._limits)
-            starts.append((f"dp, {weight:g} of sync", self._layer_choice(solution, formulation)))
+        failure: LayerwiseError | None = None
         for name in FIXED:
-            with contextlib.suppress(InfeasibleError):  # its dimension is forbidden
-                starts.append((name, fixed_strategy(name, self.table, self._formulation).choice))
+            with contextlib.suppress(InfeasibleError, UsageError):  # its dimension is forbidden; tables too large
+                starts.append((name, fixed_strategy(name, self.table, self.formulation).choice))
+        for weight in SYNC_WEIGHTS:
+            try:
+                formulation = (
+                    self.formulation
+                    if weight == 1
+                    else formulate(self.table, sync_weight=weight, limit_bytes=self._limit_bytes)
+                )
+                solution = self._dp(formulation.problem, self._limits)
+                starts.append((f"dp, {weight:g} of sync", self._layer_choice(solution, formulation)))
+            except (InfeasibleError, NoPlanError, UsageError) as error:
+                failure = failure or error
         plans = [self._planned("auto", choice, Status.FEASIBLE) for _, choice in starts]
         for (name, _), plan in zip(starts, plans, strict=True):
             _log.debug("start %s: %.6g s", name, plan.timeline.step_s)
-        return min(filter(self.fits, plans), key=lambda plan: plan.timeline.step_s)
+        fitting = [plan for plan in plans if self.fits(plan)]
+        if not fitting:
+            raise failure or self._infeasible()
+        return min(fitting, key=lambda plan: plan.timeline.step_s)
 
     def refine(self, start: Planned) -> Planned:
         """Return a plan after local search: one variable at a time, as long as the simulated step gets shorter."""
-        formulation = self._formulation
+        formulation = self.formulation
         members: list[list[int]] = [[] for _ in formulation.problem.node_s]
         for layer, v in enumerate(formulation.variable_of):
             members[v].append(layer)
@@ -175,9 +186,11 @@ class Search:
         which may hide behind them, is left out. The exact minimum of that sum bounds every step.
         """
         if self._bound_s is None:
-            formulation = formulate(self.table, sync_weight=0.0)
-            solution = solve_dp(formulation.problem)
-            self._bound_s = solution.lower_bound_s
+            problem = formulate(self.table, sync_weight=0.0).problem
+            try:
+                self._bound_s = solve_dp(problem).lower_bound_s
+            except UsageError:  # the tables are too large: without the edges the bound is weaker, but holds
+                self._bound_s = float(sum(costs.min() for costs in problem.node_s))
         return self._bound_s
 
     def _require_memory(self, planned: Planned) -> None:

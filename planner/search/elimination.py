@@ -67,7 +67,9 @@ def solve_dp(problem: Problem, limits: Limits | None = None) -> Solution:
     sizes = [len(costs) for costs in problem.node_s]
     order, largest = elimination_order(sizes, set(problem.edge_s))
     if largest > MAX_TABLE_ENTRIES:
-        raise UsageError(f"dp would need a table of {largest:.3g} entries; fix some layers or use --solver auto")
+        raise UsageError(
+            f"dp would need a table of {largest:.3g} entries; use --solver ilp, or fewer mesh axes (--mesh)"
+        )
     choice = _eliminate(problem, order)
     cost_s = problem.cost_s(choice)
     stats = {"largest_table": largest}

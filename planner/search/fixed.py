@@ -68,7 +68,10 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
         replaced += any(d is not wanted for d in found.dimensions)
         pins[i] = [splits.index(found)]
     if replaced == len(pins) and table.space.mesh.axes:
-        raise InfeasibleError(f"strategy {name!r} has no legal split for any layer: its dimension is not in --dims")
+        raise InfeasibleError(
+            f"no layer can follow strategy {name!r} on {table.space.mesh.size} ranks: its dimension is forbidden by "
+            f"--dims, or too small (the batch is {table.space.graph.batch})"
+        )
     smaller, problem = formulation.pinned(pins)
     problem = type(problem)(problem.node_s, problem.edge_s)  # its memory is judged by the caller
     solution = solve_dp(problem)

@@ -8,7 +8,7 @@ import numpy as np
 from planner.cost.model import LayerCost
 from planner.cost.table import CostTable
 from planner.errors import InfeasibleError
-from planner.ir.graph import Layer
+from planner.ir.graph import tied_layers
 from planner.ir.split import Split
 from planner.search.problem import Choice, Costs, Problem
 
@@ -101,7 +101,7 @@ def _node_vector(table: CostTable, costs: Sequence[LayerCost], sync_weight: floa
 def _variables(table: CostTable) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     layers = table.space.graph.layers
     splits = table.space.splits
-    leader = _tied(layers)
+    leader = tied_layers(table.space.graph)
     numbers: dict[int, int] = {}
     variable_of = tuple(numbers.setdefault(leader[i], len(numbers)) for i in range(len(layers)))
     common: dict[int, tuple[Split, ...]] = {}
@@ -118,21 +118,3 @@ def _variables(table: CostTable) -> tuple[tuple[int, ...], tuple[tuple[int, ...]
         for layer, v in zip(layers, variable_of, strict=True)
     )  # fmt: skip
     return variable_of, options
-
-
-def _tied(layers: Sequence[Layer]) -> list[int]:
-    """Return for every layer the first layer with which it shares a parameter, directly or not."""
-    leader = list(range(len(layers)))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            i = leader[i]
-        return i
-
-    owner: dict[str, int] = {}
-    for i, layer in enumerate(layers):
-        for parameter in layer.params:
-            other = find(owner.setdefault(parameter.name, i))
-            low, high = sorted((other, find(i)))
-            leader[high] = low
-    return [find(i) for i in range(len(layers))]

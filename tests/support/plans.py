@@ -34,8 +34,8 @@ def document() -> Json:
             "estimated_s": 0.0015, "communication_bytes": 4096.0, "memory_bytes": 3 * 2**20,
         },
         "baselines": [
-            {"name": "data", "step_s": 0.005, "exposed_s": 0.002, "communication_bytes": 8192.0, "memory_bytes": 5 * 2**20,
-             "num_replaced": 0},
+            {"name": "data", "step_s": 0.005, "exposed_s": 0.002, "communication_bytes": 8192.0,
+             "memory_bytes": 5 * 2**20, "num_replaced": 0},
         ],
         "search": {"solver": "auto", "status": "feasible", "lower_bound_s": 0.003, "gap": 0.25,
                    "num_strategies": "144", "memory_limit_bytes": 4 * 2**20},
