@@ -1,0 +1,71 @@
+"""The examples, run by the very commands that their texts give."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from planner.plan import Plan
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    "layerwise": [sys.executable, "-m", "planner"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "python": [sys.executable],
+}
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def commands_of(file: str) -> list[list[str]]:
+    """Return the commands in the text on top of an example: its indented lines."""
+    text = (ROOT / file).read_text().split('"""')[1]
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in which the examples can be named as from the repository root."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Return what a command prints."""
+    name, *arguments = command
+    environment = os.environ | ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "XDG_CACHE_HOME": str(folder / "cache"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [*SCRIPTS[name], *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{shlex.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_training_script_learns_the_digits_under_a_plan_made_for_it(folder: Path) -> None:
+    plan_it, train_it = commands_of("examples/train.py")
+    run(plan_it, folder)
+    assert Plan.load(folder / "plan.json").mesh.size == 2
+    printed = run(train_it, folder)
+    epochs = re.findall(r"^epoch (\d): loss ([\d.]+), test accuracy ([\d.]+)%$", printed, re.MULTILINE)
+    assert [int(epoch) for epoch, _, _ in epochs] == [1, 2, 3, 4, 5]
+    losses, accuracies = zip(*((float(loss), float(share)) for _, loss, share in epochs), strict=True)
+    assert losses[-1] < losses[0] / 5
+    assert accuracies[-1] > 95
+
+
+def test_a_plan_made_in_python_says_what_the_saved_file_says(folder: Path) -> None:
+    (command,) = commands_of("examples/plan_in_python.py")
+    printed = run(command, folder)
+    plan = Plan.load(folder / "alexnet.json")
+    assert plan.mesh.size == 16
+    assert plan.model.source == "alexnet"
+    for name in (*(baseline.name for baseline in plan.baselines), *plan.strategy):
+        assert f"\n  {name} " in printed
