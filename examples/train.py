@@ -100,7 +100,8 @@ def main():
         share = accuracy(net, test_batches, process.device)
         if process.rank == 0:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {share:.1%}", flush=True)
-    dist.destroy_process_group()  # without it, gloo's threads may abort the exit
+    dist.barrier()  # lets gloo finish the last collective; an exit right behind one may abort
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _report(plan: Plan, measured: dict[str, Any], terminal: Terminal) -> None:
     rows = []
     if machine.graph.digest != plan.cluster.sha256:
         terminal.err.print(
-            f"[yellow]warning[/]: the plan was made for {plan.cluster.name}; this is another machine",
+            f"warning: the plan was made for {plan.cluster.name}; this is another machine",
             highlight=False,
         )
         rows.append((f"predicted for {plan.cluster.name}", plan.totals.step_s))

@@ -19,7 +19,6 @@ import platformdirs
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import bus_kinds, device_kinds, host_graph
@@ -33,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 MESSAGE_BYTES: Final = (4, 2**12, 2**16, 2**20, 2**23)
 """Sizes of the all-reduces to which latency and bandwidth are fitted."""
-LAUNCH_ELEMENTS: Final = 64
+LAUNCH_LAYERS: Final = 16
+"""Of the chain of tiny layers whose training step is all launches."""
 COPY_ELEMENTS: Final = 2**23
 """32 MiB in fp32: larger than a core's share of the last-level cache."""
 MAX_LOCAL_RANKS: Final = 64
@@ -46,7 +46,7 @@ class HostRates(StrictModel):
         conv_flop_per_s, linear_flop_per_s: reached by forward and backward of typical layers.
         bandwidth_bytes_per_s: of element-wise operators, bytes read and written.
         update_bytes_per_s: of an SGD-momentum step, bytes read and written.
-        launch_s: of an operator on a tiny tensor.
+        launch_s: of an operator on a tiny tensor; backward starts two for each of forward.
         latency_s, link_bytes_per_s: of a message between two processes, fitted on all-reduces.
         memory_bytes: of the host, per rank.
     """
@@ -146,7 +146,7 @@ def measure_host(num_ranks: int) -> HostRates:
         linear_flop_per_s=_linear_rate(generator, device),
         bandwidth_bytes_per_s=bandwidth,
         update_bytes_per_s=_update_rate(device),
-        launch_s=time_call(lambda: functional.relu(torch.ones(LAUNCH_ELEMENTS)), device).median_s,
+        launch_s=_launch(device),
         latency_s=max(latency_s, 1e-7),
         link_bytes_per_s=link,
         memory_bytes=total // num_ranks,
@@ -177,6 +177,17 @@ def _conv_rate(generator: torch.Generator, device: torch.device) -> float:
 def _linear_rate(generator: torch.Generator, device: torch.device) -> float:
     x = torch.randn(128, 1024, generator=generator, requires_grad=True)
     return _trained_rate(nn.Linear(1024, 1024), x, 2 * 128 * 1024 * 1024, device)
+
+
+def _launch(device: torch.device) -> float:
+    layers = [nn.Conv2d(2, 2, 1) for _ in range(LAUNCH_LAYERS)]
+    net = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())])
+    x = torch.ones(1, 2, 2, 2, requires_grad=True)
+
+    def step() -> None:
+        net(x).sum().backward()
+
+    return time_call(step, device).median_s / (2 * LAUNCH_LAYERS * 3)
 
 
 def _bandwidth(device: torch.device) -> float:

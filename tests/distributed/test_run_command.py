@@ -1,0 +1,108 @@
+"""`layerwise run`: what it prints, and what happens where it cannot run or a rank dies."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from planner.plan import Plan
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+EXIT_USAGE, EXIT_RUN_FAILED = 2, 5
+MORTAL = """
+import os, signal
+from pathlib import Path
+from torch import nn
+
+STEPS = 2  # that rank 1 lives to see
+
+
+def net(folder: str):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    seen = []
+
+    def count(gradient):
+        seen.append(gradient)
+        if os.environ["RANK"] == "1" and len(seen) > STEPS:
+            Path(folder, "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if "RANK" in os.environ:
+        Path(folder, os.environ["RANK"] + ".pid").write_text(str(os.getpid()))
+        model[0].weight.register_hook(count)
+    return model
+"""
+
+
+def layerwise(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, where its measurements of this host are kept too."""
+    paths = [str(Path.cwd()), *filter(None, sys.path)]
+    found = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}}
+    found |= {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)} | environment
+    command = [sys.executable, "-m", "planner", *arguments]
+    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plan for two ranks."""
+    place = tmp_path_factory.mktemp("run")
+    done = layerwise(place, "plan", "lenet5", "--devices", "2", "--batch", "8", "-o", "plan.json")
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_it_prints_the_prediction_beside_the_measured_step(folder: Path) -> None:
+    done = layerwise(folder, "run", "plan.json", "--steps", "3", "--warmup", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "s " in line]
+    for name in ("predicted for 2xaccelerator-nvlink", "predicted for this host", "measured", "measured, compute only"):
+        assert any(name in row for row in rows), done.stdout
+    assert "warning" in done.stderr
+    assert "this is another machine" in done.stderr
+
+
+def test_a_plan_for_another_number_of_ranks_is_refused_before_anything_starts(folder: Path) -> None:
+    done = layerwise(folder, "run", "plan.json", RANK="0", WORLD_SIZE="3")
+    assert done.returncode == EXIT_USAGE
+    assert "for 2 ranks, but 3 are running" in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_is_no_plan_or_a_broken_one_is_refused(folder: Path) -> None:
+    broken = (folder / "plan.json").read_text().replace('"batch": 8', '"batch": -8')
+    (folder / "broken.json").write_text(broken)
+    for name, message in [("absent.json", "absent.json"), ("broken.json", "$.batch")]:
+        done = layerwise(folder, "run", name)
+        assert done.returncode == EXIT_USAGE
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_rank_that_is_killed_ends_the_run_within_seconds_and_is_named(folder: Path) -> None:
+    (folder / "mortal.py").write_text(MORTAL)
+    model = ["mortal.py:net", "--model-args", f"folder={folder}", "--input", "8"]
+    how = ["--devices", "2", "--batch", "8", "--solver", "data", "-o", "mortal.json"]
+    planned = layerwise(folder, "plan", *model, *how)
+    assert planned.returncode == 0, planned.stderr
+    assert Plan.load(folder / "mortal.json").model.arguments == {"folder": str(folder)}
+    done = layerwise(folder, "run", "mortal.json")
+    (folder / "ended").touch()
+    died_s, ended_s = ((folder / name).stat().st_mtime for name in ("died", "ended"))
+    assert ended_s - died_s < 10  # the timeouts of the groups are 60 s and more
+    assert done.returncode == EXIT_RUN_FAILED, done.stderr
+    assert f"rank 1 was killed by {signal.SIGKILL.name}" in done.stderr
+    pids = [int(file.read_text()) for file in folder.glob("*.pid")]
+    assert len(pids) == 2
+    assert not any(map(is_alive, pids))
