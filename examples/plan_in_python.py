@@ -22,8 +22,8 @@ plan.save("alexnet.json")
 totals, search = plan.totals, plan.search
 print(f"step {format_seconds(totals.step_s)}, {totals.samples_per_s:.0f} images/s, {format_bytes(totals.memory_bytes)}")
 print(f"no strategy of these splits is faster than {format_seconds(search.lower_bound_s)} (gap {search.gap:.1%})")
-for baseline in plan.baselines:
-    print(f"  {baseline.name:20} {format_seconds(baseline.step_s):>10}  {baseline.step_s / totals.step_s:.2f} x the plan")
+for other in plan.baselines:
+    print(f"  {other.name:20} {format_seconds(other.step_s):>10}  {other.step_s / totals.step_s:.2f} x the plan")
 for layer in plan.stages[0].layers:
     split = " ".join(f"{axis}={dimension}" for axis, dimension in layer.split.items())
     print(f"  {layer.id:20} {format_seconds(layer.cost.compute_s):>10}  {split}")

@@ -21,6 +21,10 @@ from runtime.groups import ProcessGroups
 
 Axes = tuple[int, ...]
 
+# torch 2.13 renamed these and warns at the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Pending(Protocol):
     """A collective under way."""
@@ -99,7 +103,7 @@ class TorchCommunicator:
         group = self._groups.blocking(axes)
         if min(counts) == max(counts):
             result = buffer.new_empty(sum(counts))
-            dist.all_gather_into_tensor(result, buffer, group=group)
+            _all_gather(result, buffer, group=group)
             return result
         size = len(counts)  # no backend gathers uneven pieces: everyone sends its piece to everyone
         return self.exchange(buffer.repeat(size), [buffer.numel()] * size, counts, axes)
@@ -109,7 +113,7 @@ class TorchCommunicator:
         own = counts[dist.get_rank(group)]
         if min(counts) == max(counts) and buffer.is_cuda:
             result = buffer.new_empty(own)
-            dist.reduce_scatter_tensor(result, buffer, group=group)
+            _reduce_scatter(result, buffer, group=group)
             return result
         # gloo emulates reduce-scatter by an all-reduce, which moves twice the bytes
         parts = self.exchange(buffer, counts, [own] * len(counts), axes)
@@ -138,7 +142,7 @@ class TorchCommunicator:
             return lambda: [value]
         found = torch.empty(self.mesh.size, dtype=torch.int64)
         mine = torch.tensor([value])
-        work = dist.all_gather_into_tensor(found, mine, group=self._groups.host(), async_op=True)
+        work = _all_gather(found, mine, group=self._groups.host(), async_op=True)
 
         def result() -> list[int]:
             assert work is not None

@@ -4,6 +4,7 @@ Reads ``call.json`` of the folder and writes ``RANK.json``: ``{"result": ...}``,
 ``{"failed_at_s": ...}`` and, for one of our own errors, its class and message.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from planner import errors
 from planner.errors import LayerwiseError
-from runtime.launch import PARENT, JsonValue, initialize
+from runtime.launch import PARENT, JsonValue, initialize, leave
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
@@ -42,7 +43,11 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(getattr(error, "exit_code", 1))  # threads of a broken group could hold up an orderly exit
     if dist.is_initialized():
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # the result is written; what a peer does now is its own matter
+            leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # past this process's threads, see leave()
 
 
 def _call(file: Path) -> JsonValue:

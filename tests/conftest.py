@@ -8,8 +8,12 @@ import os
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from planner.errors import LayerwiseError
+
+settings.register_profile("shared machine", deadline=None)  # other processes decide how long an example takes
+settings.load_profile("shared machine")
 
 
 def _dist_lacks() -> str | None:

@@ -44,14 +44,12 @@ def run(
 
 def _as_rank(argument: dict[str, Any]) -> dict[str, Any] | None:
     """Run as one rank of torchrun's; return the measurements on rank 0."""
-    import torch.distributed as dist
-
-    from runtime.launch import initialize
+    from runtime.launch import initialize, leave
     from runtime.training import measure_plan
 
     process = initialize()
     measured = measure_plan(argument, process)
-    dist.destroy_process_group()
+    leave()
     return measured if process.rank == 0 else None
 
 

@@ -114,8 +114,8 @@ class _Builder:
                     self._finish(value, path)
             case "get_attr":
                 raise TraceError(
-                    f"{node.meta.get('origin')}: forward() uses the tensor {node.target!r} directly; only the "
-                    "parameters of torch.nn layers can be planned so far. Wrap it in a torch.nn layer."
+                    f"{node.meta.get('origin', 'forward()')}: forward() uses the tensor {node.target!r} directly; only "
+                    "the parameters of torch.nn layers can be planned so far. Wrap it in a torch.nn layer."
                 )
             case _:
                 self._call(node)

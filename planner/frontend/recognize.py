@@ -61,6 +61,14 @@ _ELEMENTWISE = frozenset(
         "half",
     ]
 )
+_SPELLINGS = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "leaky_relu": "leakyrelu",
+}
 _ARITHMETIC = frozenset(
     [
         "add",
@@ -143,10 +151,8 @@ def function_name(node: fx.Node) -> str:
 def _of_module(node: fx.Node, module: nn.Module) -> ops.Op | None:  # noqa: C901, PLR0911  # a table of kinds
     rank = _shape(node)
     match module:
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return _conv(node, module)
-        case nn.Linear():
-            return ops.Linear(module.in_features, module.out_features)
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.Linear():
+            return _product(node, module)
         case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
             return ops.BatchNorm(module.num_features) if module.affine and module.track_running_stats else None
         case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d() if not module.return_indices:
@@ -182,7 +188,11 @@ def _by_class_name(module: nn.Module) -> ops.Op | None:
     return None
 
 
-def _conv(node: fx.Node, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ops.Conv | None:
+def _product(node: fx.Node, module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) -> ops.Conv | ops.Linear | None:
+    if not {"weight"} <= {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+        return None  # the weight is computed from others (spectral norm)
+    if isinstance(module, nn.Linear):
+        return ops.Linear(module.in_features, module.out_features)
     if module.padding_mode != "zeros":
         return None
     spatial = len(_shape(node)) - 2
@@ -204,10 +214,10 @@ def _of_function(node: fx.Node) -> ops.Op | None:
         op = recognizer(node, name)
         if op is not None:
             return op
-    if name in _ELEMENTWISE and len(tensors) == 1 and _shape(node) == _shape(tensors[0]):
-        return ops.Elementwise(name.rstrip("_"))
-    if name in _ARITHMETIC and all(_shape(t) == _shape(node) for t in tensors):
-        return ops.Elementwise(name.rstrip("_"))
+    of_one = name in _ELEMENTWISE and len(tensors) == 1
+    if (of_one or name in _ARITHMETIC) and all(_shape(t) == _shape(node) for t in tensors):
+        plain = name.rstrip("_")
+        return ops.Elementwise(_SPELLINGS.get(plain, plain))
     return None
 
 
@@ -240,6 +250,8 @@ def _pooling(node: fx.Node, name: str) -> ops.Op | None:
         return _pool("avg", spatial, (kernel, stride, padding), 1, ceil_mode)
     if name.startswith("adaptive_avg_pool"):
         return ops.AdaptivePool("avg", _shape(node)[2:])
+    if name.startswith("adaptive_max_pool"):
+        return ops.AdaptivePool("max", _shape(node)[2:])
     if name == "mean":
         before = _shape(tensor_inputs(node)[0])
         dims, keepdim = _arguments(node, dim=None, keepdim=False)

@@ -7,8 +7,12 @@ materialised. All modules of ``torch.nn`` but the containers are leaves and keep
 
 import copy
 import inspect
+import operator
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +22,8 @@ from planner.errors import TraceError
 
 Inputs = tuple[torch.Tensor, ...]
 
-_LIBRARY_FRAMES = ("/torch/", "/planner/frontend/")
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_READ_VALUES = frozenset({"item", "tolist", "numpy"})
 
 
 class _ConcreteProxy(fx.Proxy):
@@ -29,7 +34,9 @@ class _ConcreteProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.__dict__.get("value")
         found = getattr(value, name)  # an unknown attribute raises AttributeError as eager code would
-        return super().__getattr__(name) if callable(found) or _has_tensor(found) else found
+        if isinstance(found, torch.Tensor):  # such as x.T
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name) if callable(found) else found
 
     def __len__(self) -> int:
         return len(self.value)
@@ -50,10 +57,25 @@ class _ConcreteProxy(fx.Proxy):
         return int(self._number("its integer value"))
 
     def _number(self, what: str) -> Any:
-        raise TraceError(
-            f"{origin_of_call()} needs the value of a tensor ({what}), which is not known before the model runs. "
-            "Plan the parts before and after it apart, or move the decision out of forward()."
-        )
+        raise _needs_value(what)
+
+
+def _needs_value(what: str) -> TraceError:
+    return TraceError(
+        f"{origin_of_call()} needs the value of a tensor ({what}), which is not known before the model runs. "
+        "Plan the parts before and after it apart, or move the decision out of forward()."
+    )
+
+
+def _writing(function: Callable[[Any, Any], Any]) -> Callable[[_ConcreteProxy, Any], Any]:
+    def method(self: _ConcreteProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_ConcreteProxy, f"__{_name}__", _writing(getattr(operator, _name)))  # fx would make `x += y` out of place
 
 
 class _Tracer(fx.Tracer):
@@ -61,6 +83,24 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
     _running = False  # while an operator is executed, fx's hooks on modules are to keep out of the way
+
+    def __init__(self, inputs: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._inputs = tuple(inputs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return forward() and its arguments: placeholders for the given inputs, defaults for all others."""
+        del is_module, concrete_args
+        names = [p.name for p in inspect.signature(root_fn).parameters.values()][1:]
+        names += [f"{names[-1] if names else 'input'}_{i}" for i in range(len(self._inputs))]  # of *inputs
+        placeholders = []
+        for name, value in zip(names, self._inputs, strict=False):
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.value = proxy.node.meta["val"] = value
+            placeholders.append(proxy)
+        return root_fn, [self.root, *placeholders]
 
     def create_proxy(
         self,
@@ -73,6 +113,8 @@ class _Tracer(fx.Tracer):
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
         value = None
+        if kind == "call_method" and target in _READ_VALUES:
+            raise _needs_value(f"{target}()")
         if kind in {"call_function", "call_method", "call_module", "get_attr"}:
             value = self._run(kind, target, _values(args), _values(kwargs))
             if not _has_tensor(value):
@@ -130,13 +172,17 @@ def _attribute(root: nn.Module, path: str) -> Any:
 
 def origin_of_call() -> str:
     """Return ``file:line`` of the innermost frame that belongs to the user."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        filename = frame.f_code.co_filename
-        if not any(part in filename for part in _LIBRARY_FRAMES) and not filename.startswith("<"):
-            return f"{filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "forward()"
+    return next(_users(traceback.walk_stack(sys._getframe(1))), "forward()")
+
+
+def _origin_of_error(error: Exception) -> str:
+    return ([*_users(traceback.walk_tb(error.__traceback__))] or ["forward()"])[-1]
+
+
+def _users(frames: Iterable[tuple[FrameType, int]]) -> Iterator[str]:
+    for frame, line in frames:
+        if frame.f_back is not None and not frame.f_code.co_filename.startswith(_LIBRARIES):
+            yield f"{frame.f_code.co_filename}:{line}"
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -166,36 +212,20 @@ def trace(module: nn.Module, example_inputs: Inputs) -> fx.Graph:
         TraceError: the model needs the value of a tensor, or fails on these input shapes.
     """
     root = on_meta(module).train()
-    tracer = _Tracer()
     values = [x.to("meta") for x in example_inputs]
-    placeholders: Iterator[torch.Tensor] = iter(values)
-
-    create_proxy = tracer.create_proxy
-
-    def with_input(kind: str, *args: Any, **kwargs: Any) -> Any:
-        proxy = create_proxy(kind, *args, **kwargs)
-        if kind == "placeholder":
-            proxy.value = next(placeholders, None)
-            proxy.node.meta["val"] = proxy.value
-        return proxy
-
-    tracer.create_proxy = with_input  # type: ignore[method-assign]  # the one place that sees placeholders in order
     shapes = ", ".join(str(tuple(x.shape)) for x in values)
     name = type(module).__name__
     try:
-        graph = tracer.trace(root, _defaults_of(root, len(values)))
+        inspect.signature(root.forward).bind(*values)
+    except TypeError as error:
+        wanted = ", ".join(inspect.signature(root.forward).parameters)
+        raise TraceError(f"{name} takes the inputs {wanted}, but {len(values)} were given: {shapes}") from error
+    try:
+        return _Tracer(values).trace(root)
     except TraceError:
         raise
     except Exception as error:  # whatever the user's forward() raises on these shapes
-        raise TraceError(f"{name} fails on inputs of shape {shapes}: {type(error).__name__}: {error}") from error
-    missing = [n.name for n in graph.nodes if n.op == "placeholder" and n.meta.get("val") is None]
-    if missing or next(placeholders, None) is not None:
-        wanted = [n.name for n in graph.nodes if n.op == "placeholder"]
-        raise TraceError(f"{name} takes the inputs {', '.join(wanted)}, but {len(values)} were given: {shapes}")
-    return graph
-
-
-def _defaults_of(root: nn.Module, num_inputs: int) -> dict[str, Any]:
-    """Return the defaults of forward()'s arguments for which no input is given."""
-    parameters = list(inspect.signature(root.forward).parameters.values())
-    return {p.name: p.default for p in parameters[num_inputs:] if p.default is not inspect.Parameter.empty}
+        place = _origin_of_error(error)
+        raise TraceError(
+            f"{place}: {name} fails on inputs of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error

@@ -18,7 +18,7 @@ _Rule = Callable[[Layer, bool], Dimension]
 
 
 def _conv_data_fc_model(layer: Layer, behind: bool) -> Dimension:
-    """One weird trick [Krizhevsky14]: samples in the convolutional part, output units in the linear layers."""
+    """One weird trick [OWT14]: samples in the convolutional part, output units in the linear layers."""
     return Dimension.OUT_CHANNEL if behind or isinstance(layer.op, Linear) else Dimension.SAMPLE
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from planner.ir.halo import Window
-from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Whole
+from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Placement, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.transfer import StepKind, steps, transfers
 from support import interpreter
@@ -31,8 +31,9 @@ def window_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
     mesh, rows = draw(some.meshes()), draw(st.integers(2, 16))
     window = draw(some.windows(rows))
     shape = (3, rows)
-    have = tuple(draw(st.sampled_from([0, 1, EQUAL])) for _ in mesh.axes)
-    need = tuple(draw(st.sampled_from([0, 1, EQUAL, SHARED])) for _ in mesh.axes)
+    held: list[Placement] = [0, 1, EQUAL]
+    have = tuple(draw(st.sampled_from(held)) for _ in mesh.axes)
+    need = tuple(draw(st.sampled_from([*held, SHARED])) for _ in mesh.axes)
     source = Layout(shape, mesh, have, (BALANCED, BALANCED))
     target = Layout(shape, mesh, need, (BALANCED, Cut(CutRule.BALANCED, window=window)))
     outputs = Layout((3, window.out_size), mesh, need, (BALANCED, BALANCED))

@@ -179,7 +179,7 @@ def test_layers_come_after_what_they_read_and_have_their_own_ids() -> None:
 
 def test_x_plus_x_has_two_edges() -> None:
     graph = trace_layers(Residual(), (meta(2, 4, 8, 8),)).layers
-    assert graph.nx().number_of_edges("conv:shared", "add") == 2
+    assert graph.nx().number_of_edges(LayerId("conv:shared"), LayerId("add")) == 2
     assert len(list(graph.edges())) == graph.nx().number_of_edges()
 
 
