@@ -125,6 +125,11 @@ class _Tracer(fx.Tracer):
         proxy.node.meta.update(val=value, scope=self.scope.module_path, origin=origin_of_call())
         return proxy
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module is one operator: torch's own, or a subclass that keeps torch's ``forward``."""
+        keeps_forward = type(m).forward.__module__.startswith("torch.nn.") and not isinstance(m, nn.Sequential)
+        return keeps_forward or super().is_leaf_module(m, module_qualified_name)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ConcreteProxy(node, self)
 

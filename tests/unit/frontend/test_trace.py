@@ -512,3 +512,17 @@ def test_copies_on_meta_keep_shared_weights_shared() -> None:
     copied = on_meta(nn.Sequential(first, second))
     assert copied[0].weight is copied[1].weight  # type: ignore[index]  # a sequence
     assert isinstance(copied[0].weight, nn.Parameter)  # type: ignore[index]  # see above
+
+
+def test_a_subclass_that_keeps_the_forward_of_torch_is_that_operator() -> None:
+    class MyConv(nn.Conv2d):
+        """A convolution with another initialisation."""
+
+    class MyBlock(nn.Sequential):
+        """A container, which is no operator."""
+
+    model = MyBlock(MyConv(3, 4, 3), nn.ReLU(), MyConv(4, 4, 1))
+    layers = trace_layers(model, (torch.empty(2, 3, 8, 8),)).layers.layers
+    assert [(layer.id, layer.op.kind) for layer in layers] == [
+        ("input", "input"), ("0", "conv"), ("2", "conv"), ("output", "output"),
+    ]  # fmt: skip

@@ -106,7 +106,20 @@ class Grouped(nn.Module):
         return {"deep": (self.bn(self.b(y)),), "early": y}
 
 
-NETS: tuple[type[nn.Module], ...] = (TwoHeads, Tied, TwoSizes, Names, Alias, Reshaped, Rows, Grouped)
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor, scale: float = 0.5, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.a(x)
+        y = z = self.bn(self.b(x))
+        y += x
+        z *= scale if mask is None else mask
+        return functional.relu_(y) + x
+
+
+NETS: tuple[type[nn.Module], ...] = (TwoHeads, Tied, TwoSizes, Names, Alias, Reshaped, Rows, Grouped, InPlace)
 
 
 def builder(kind: type[nn.Module]) -> Callable[[], nn.Module]:
