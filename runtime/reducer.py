@@ -86,28 +86,29 @@ class Reducer:
             Variable._execution_engine.queue_callback(self._finish)
         index, k = self._place[id(parameter)]
         bucket = self._buckets[index]
-        view = bucket.views[k]
-        assert parameter.grad is not None
-        if parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-            parameter.grad = view
+        self._collect(bucket, k)
         bucket.ready.add(k)
         while self._next < len(self._buckets) and len(self._buckets[self._next].ready) == len(
             self._buckets[self._next].parameters
         ):
             self._launch(self._buckets[self._next])
 
+    def _collect(self, bucket: _Bucket, k: int) -> None:
+        """Put a gradient / g into its place in the buffer, in one pass; what came in no pass is zero."""
+        parameter, view = bucket.parameters[k], bucket.views[k]
+        gradient = parameter.grad
+        if gradient is None:
+            view.zero_()
+            return
+        torch.div(gradient, group_size(self._communicator.mesh, bucket.axes), out=view)
+        if gradient.data_ptr() != view.data_ptr():
+            parameter.grad = view
+
     def _launch(self, bucket: _Bucket) -> None:
         self._next += 1
-        for k, (parameter, view) in enumerate(zip(bucket.parameters, bucket.views, strict=True)):
-            if k in bucket.ready:
-                continue
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():  # of passes without sync
-                view.copy_(parameter.grad)
-                parameter.grad = view
-        bucket.buffer.div_(group_size(self._communicator.mesh, bucket.axes))
+        for k in range(len(bucket.parameters)):
+            if k not in bucket.ready:
+                self._collect(bucket, k)
         bucket.pending = self._guard(bucket, lambda: self._communicator.start_all_reduce(bucket.buffer, bucket.axes))
 
     def _finish(self) -> None:
