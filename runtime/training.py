@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,19 +93,6 @@ def timed_steps(step: Step, count: int, device: torch.device) -> list[float]:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         found = slowest.tolist()
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimes:
-    """Measured steps of one plan, in seconds; the median of the compute alone where it was asked for."""
-
-    steps_s: tuple[float, ...]
-    compute_s: float | None
-
-    @property
-    def median_s(self) -> float:
-        """The median step."""
-        return statistics.median(self.steps_s)
 
 
 def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
