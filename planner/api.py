@@ -20,13 +20,14 @@ from planner.devices.library import equal_devices
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.source import load_model
+from planner.frontend.trace import NO_KEYWORDS, empty_inputs
+from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh
 from planner.ir.rules import InputOutput
-from planner.ir.split import Dimension
 from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_plan
 from planner.plan.check import refuse_other_model
-from planner.plan.schema import Plan
+from planner.plan.schema import InputTensor, Plan
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
 from planner.search.auto import SOLVERS, Planned, Search
@@ -280,7 +281,10 @@ class Planner:
     def plan_of(self, search: Search, planned: Planned) -> Plan:
         """Return a strategy as a plan, with the fixed strategies beside it."""
         inputs = [
-            (layer.id, layer.output.shape, layer.output.dtype.value)
+            InputTensor(
+                name=layer.id, shape=list(layer.output.shape), dtype=layer.output.dtype,
+                keyword=layer.id in self.traced.keywords,
+            )
             for layer in self.traced.layers.layers if layer.op.kind == "input"
         ]  # fmt: skip
         request = Request(
@@ -313,8 +317,9 @@ def prepare(
     machine: Machine,
     options: Options,
     origin: Origin,
+    example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
 ) -> Planner:
-    """Trace a model for a machine.
+    """Trace a model for a machine; arguments as ``plan_model``.
 
     Raises:
         UsageError: an option is unknown.
@@ -322,14 +327,15 @@ def prepare(
     """
     if options.solver not in SOLVERS:
         raise UnknownNameError("solver", options.solver, SOLVERS)
-    if not example_inputs or not example_inputs[0].dim() or example_inputs[0].shape[0] < 1:
+    inputs = [*example_inputs, *example_keywords.values()]
+    if not inputs or not inputs[0].dim() or inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
-    if any(x.shape[:1] != example_inputs[0].shape[:1] for x in example_inputs):
-        shapes = ", ".join(str(tuple(x.shape)) for x in example_inputs)
+    if any(x.shape[:1] != inputs[0].shape[:1] for x in inputs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
-    traced = trace_layers(model, tuple(example_inputs), origin.name)
+    traced = trace_layers(model, tuple(example_inputs), origin.name, keywords=example_keywords)
     _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
     return Planner(traced, machine, options, origin)
 
@@ -342,6 +348,7 @@ def plan_model(
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,
+    example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
     **options: Any,
 ) -> Plan:
     """Plan the fastest training step of a CNN on a machine.
@@ -353,6 +360,7 @@ def plan_model(
         devices: that many equal accelerators; exactly one of cluster, devices and machine.
         machine: a graph with a profile of its devices.
         origin: for the plan's provenance.
+        example_keywords: inputs that ``forward`` takes by keyword, by name.
         options: the fields of ``Options``.
 
     Raises:
@@ -361,7 +369,7 @@ def plan_model(
     asked = Options(**options)
     found = machine or machine_of(cluster, devices, asked.precision)
     name = origin or Origin(type(model).__name__, f"{type(model).__module__}:{type(model).__qualname__}")
-    return prepare(model, example_inputs, found, asked, name).plan()
+    return prepare(model, example_inputs, found, asked, name, example_keywords).plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,12 +407,14 @@ def compare(
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,
+    example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
     **options: Any,
 ) -> Comparison:
     """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
     asked = Options(**options)
     found = machine or machine_of(cluster, devices, asked.precision)
-    planner = prepare(model, example_inputs, found, asked, origin or Origin(type(model).__name__))
+    name = origin or Origin(type(model).__name__)
+    planner = prepare(model, example_inputs, found, asked, name, example_keywords)
     return compare_with(planner)
 
 
@@ -430,12 +440,12 @@ def reprice(plan: Plan, machine: Machine) -> Timeline:
             f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
         )
     loaded = load_model(plan.model.source, dict(plan.model.arguments))
-    inputs = [torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for t in plan.model.inputs]
+    inputs, keywords = empty_inputs(plan.model.inputs)
     options = Options(
         precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
         dimensions=frozenset(Dimension),
     )  # fmt: skip
-    planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name))
+    planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
     refuse_other_model(plan, planner.traced.layers)
     table = planner.table(plan.mesh)
     try:

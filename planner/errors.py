@@ -18,7 +18,10 @@ A message says what was wrong with its value, where, and what to do next.
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MAX_LISTED: Final = 50
+"""Names that a message lists; the libraries of models know more than a thousand."""
 
 
 class LayerwiseError(Exception):
@@ -40,7 +43,7 @@ class UnknownNameError(UsageError):
         self.kind, self.name, self.known = kind, name, tuple(sorted(known))
         close = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         guess = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        listing = f" Known: {', '.join(self.known)}." if not close and self.known else ""
+        listing = f" Known: {', '.join(self.known)}." if not close and 0 < len(self.known) <= MAX_LISTED else ""
         super().__init__(f"unknown {kind} {name!r}.{guess}{listing}{' ' + hint if hint else ''}")
 
 

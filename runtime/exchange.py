@@ -156,13 +156,14 @@ class Conversion:
     Attributes:
         source, target: layouts for the planned batch.
         name: what is converted, for messages.
-        has_samples: the first dimension holds the samples, so the layouts follow the batch.
+        samples: the dimension that holds the samples and its rows for each sample, so that the layouts
+            follow the batch; None where the tensor has no samples.
     """
 
     source: Layout
     target: Layout
     name: str
-    has_samples: bool
+    samples: tuple[int, int] | None
     _compiled: dict[Batch, tuple[tuple[Run, ...], tuple[Run, ...]]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -193,11 +194,13 @@ class Conversion:
 
     def _resized(self, layout: Layout, batch: Batch) -> Layout:
         """Return a layout for another batch; where every axis cuts the samples, pieces are the users' own."""
-        if not self.has_samples:
+        if self.samples is None:
             return layout
-        layout = layout.with_size(0, batch.size)
+        dim, rows = self.samples
+        layout = layout.with_size(dim, batch.size * rows)
         if batch.pieces is not None:
-            layout = replace(layout, cuts=(Cut(sizes=batch.pieces), *layout.cuts[1:]))
+            sizes = Cut(sizes=tuple(n * rows for n in batch.pieces))
+            layout = replace(layout, cuts=(*layout.cuts[:dim], sizes, *layout.cuts[dim + 1 :]))
         return layout
 
 

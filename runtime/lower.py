@@ -2,41 +2,56 @@
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from planner.frontend.lower import TracedModel, parameter_names
-from planner.frontend.recognize import function_name, is_in_place, tensor_inputs
+from planner.errors import UsageError
+from planner.frontend.batch import sample_size
+from planner.frontend.lower import TracedModel, is_structure, parameter_names
+from planner.frontend.recognize import RANDOM, Call, function_name, is_in_place, operands, plain_name, tensor_inputs
+from planner.frontend.trace import attribute, write_items
 from planner.ir import ops as ir
+from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
 from planner.ir.rules import InputOutput, LayerLayouts, layouts, reduced_axes
 from planner.ir.split import LayerId
+from planner.ir.tensor import TensorSpec
 from planner.ir.transfer import steps
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, group_size
 from runtime.exchange import Conversion
 from runtime.ops import (
     BatchNorm,
+    BatchSize,
     Bias,
+    CountBatches,
     Dropout,
     LocalLoss,
+    Normalise,
+    OfArguments,
     Product,
+    ProductCall,
     Redistribution,
+    Seeded,
     StepState,
-    WholeNorm,
-    WholeProduct,
+    WithScaledGradients,
+    reshape_piece,
+    scaled,
     shard_key,
+    written_items,
 )
 from runtime.params import local_parameter, local_piece
 
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add, operator.isub: operator.sub,
-    operator.imul: operator.mul, operator.itruediv: operator.truediv,
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
+    operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
+    write_items: written_items,
 }  # fmt: skip
 
 
@@ -46,14 +61,16 @@ class Lowered:
 
     Attributes:
         graph: calls the modules by their names.
-        modules: by full name.
+        state: modules, and parameters and buffers that the graph reads itself, by full name.
+        transient: names of buffers that are no part of the state dict.
         synchronised: name, parameter and axes of every parameter whose gradient is reduced, in the
             order in which backward makes the gradients ready.
         replicas: by identity of a local parameter, how many ranks hold the same piece.
     """
 
     graph: fx.Graph
-    modules: dict[str, nn.Module]
+    state: dict[str, Any]
+    transient: tuple[str, ...]
     synchronised: list[tuple[str, nn.Parameter, Axes]]
     replicas: dict[int, int]
 
@@ -71,9 +88,23 @@ def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
         for have, need in pairs:
             found |= {s.axes for s in (*steps(have, need), *steps(need.gradient, have.gradient)) if s.kind.communicates}
         found |= {layout.axes_with(Whole.SHARED) for layout in mine.params}
-        found.add(reduced_axes(split))
+        found.add(reduced_axes(layer.output, mine.output))
     everyone = tuple(range(len(mesh.axes)))
     return {axes for axes in found | {everyone} if axes}
+
+
+def refuse_space(plan: Plan) -> None:
+    """Check that a plan splits nothing by space, which cannot be run yet.
+
+    Raises:
+        UsageError: with the first layer that is.
+    """
+    for layer, split in plan.strategy.items():
+        if space := SPATIAL_DIMENSIONS & set(split.dimensions):
+            raise UsageError(
+                f"the plan splits layer {layer!r} by {', '.join(sorted(space))}: such plans can be priced and "
+                "compared, but not run yet. Plan with --dims sample,out_channel,in_channel."
+            )
 
 
 class Lowering:
@@ -84,8 +115,10 @@ class Lowering:
         self._names = parameter_names(model)
         self._graph = traced.graph
         self._nodes = {node.name: node for node in self._graph.nodes}
+        self._in_layers = {name for names in traced.nodes.values() for name in names}
         self._mesh, self._strategy = plan.mesh, plan.strategy
         self._modules: dict[str, nn.Module] = {}
+        self._attributes: dict[str, torch.Tensor] = {}
         self._synchronised: dict[int, tuple[str, nn.Parameter, Axes]] = {}
         self._layouts = {
             layer.id: layouts(layer, traced.layers.inputs_of(layer), self._mesh, self._strategy[layer.id])
@@ -94,9 +127,12 @@ class Lowering:
         self._pieces: dict[int, nn.Parameter] = {}  # by the whole parameter: tied layers share one piece
         self._replicas: dict[int, int] = {}
         self._values: dict[LayerId, fx.Node] = {}
+        self._origins: dict[LayerId, LayerId] = {}
+        self._factors: dict[str, float] = {}
 
     def run(self) -> Lowered:
         """Rewrite the graph layer by layer."""
+        refuse_space(self._plan)
         self._state.gradient_scale = self._best_gradient_scale()
         outputs: list[fx.Node] = []
         for layer in self._traced.layers.layers:
@@ -104,13 +140,18 @@ class Lowering:
                 case ir.Output():
                     outputs.append(self._converted(layer, 0))
                 case ir.Redistribute():
+                    self._origins[layer.id] = layer.inputs[0]
                     self._values[layer.id] = self._converted(layer, 0)
                 case _:
                     self._layer(layer)
         self._replace_outputs(outputs)
+        self._bind_attributes()
+        self._bind_global_sizes()
         self._graph.lint()
         ready = list(reversed(self._synchronised.values()))
-        return Lowered(self._graph, self._modules, ready, self._replicas)
+        return Lowered(
+            self._graph, {**self._modules, **self._attributes}, self._transient(), ready, self._replicas
+        )  # fmt: skip
 
     # ---- layers
 
@@ -118,22 +159,32 @@ class Lowering:
         names = self._traced.nodes[layer.id]
         main, *absorbed = (self._nodes[name] for name in names)
         if not isinstance(layer.op, ir.Input):
-            self._connect(layer, main)
+            self._connect(layer, [main, *absorbed])
+            for parameter in layer.params:
+                self._local(layer, attribute(self._model, parameter.name))
             main = self._operator(layer, main, layer.op, is_main=True)
         last = main
         for part, node in zip(layer.absorbed, absorbed, strict=True):
             last = self._operator(layer, node, part.op, is_main=False)
         self._values[layer.id] = last
 
-    def _connect(self, layer: Layer, node: fx.Node) -> None:
-        """Let a node read its inputs in the layouts that its split asks for."""
-        found = iter([self._converted(layer, k) for k in range(len(layer.inputs))])
-
-        def swap(n: fx.Node) -> fx.Node:
-            return next(found) if isinstance(n.meta.get("val"), torch.Tensor) else n
-
-        node.args = fx.node.map_arg(node.args, swap)
-        node.kwargs = fx.node.map_arg(node.kwargs, swap)
+    def _connect(self, layer: Layer, nodes: list[fx.Node]) -> None:
+        """Let a layer's nodes read its inputs in the layouts that its split asks for."""
+        sizes = [self._nodes[name] for name in self._traced.sizes.get(layer.id, ())]
+        swaps: dict[fx.Node, fx.Node] = {}
+        sources = [self._values[self._origins.get(p, p)] for p in layer.inputs]
+        if isinstance(layer.op, ir.Concat) and not set(sources) <= set(nodes[0].all_input_nodes):
+            nodes[0].args = (sources, layer.op.dim)  # an earlier concatenation stands for its parts
+            nodes[0].kwargs = {}
+        for k, producer in enumerate(layer.inputs):
+            old, new = self._values[self._origins.get(producer, producer)], self._converted(layer, k)
+            if old is not new:
+                swaps[old] = new
+        for node in (*sizes, *nodes):
+            for old, new in swaps.items():
+                node.replace_input_with(old, new)
+        for node in sizes:
+            self._seed(layer, node)
 
     def _converted(self, layer: Layer, position: int) -> fx.Node:
         """Return the node that gives a layer's input in the layout it asks for."""
@@ -144,7 +195,7 @@ class Lowering:
         is_input, is_output = isinstance(producer.op, ir.Input), isinstance(layer.op, ir.Output)
         if not (is_input or is_output) and not steps(have, need) and not steps(need.gradient, have.gradient):
             return value
-        samples = bool(producer.output.shape) and producer.output.shape[0] == graph.batch
+        samples = _samples(producer.output)
         conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples)
         factor = _of_input if is_input else (self._output_factor(samples) if is_output else None)
         return self._insert(f"transfers.{_plain(layer.id)}", Redistribution(conversion, self._state, factor), value)
@@ -157,13 +208,24 @@ class Lowering:
         node.meta["val"] = value.meta.get("val")
         return node
 
-    def _output_factor(self, samples: bool) -> Any:
-        return _of_own_samples if samples and self._plan.input_output is InputOutput.PER_RANK else _of_whole
+    def _output_factor(self, samples: tuple[int, int] | None) -> Any:
+        per_rank = samples is not None and self._plan.input_output is InputOutput.PER_RANK
+        return _of_own_samples if per_rank else _of_whole
 
     def _replace_outputs(self, converted: list[fx.Node]) -> None:
+        """Return the converted tensors, in the structure that the user's model returns."""
         (output,) = self._graph.find_nodes(op="output")
         found: Iterator[fx.Node] = iter(converted)
-        output.args = fx.node.map_arg(output.args, lambda _: next(found))
+
+        def swap(node: fx.Node) -> fx.Node:
+            if not is_structure(node):
+                return next(found)
+            node.args = fx.node.map_arg(node.args, swap)
+            node.kwargs = fx.node.map_arg(node.kwargs, swap)
+            output.prepend(node)
+            return node
+
+        output.args = fx.node.map_arg(output.args, swap)
 
     def _add(self, name: str, module: nn.Module) -> str:
         assert name not in self._modules, f"two modules called {name}"
@@ -172,51 +234,40 @@ class Lowering:
 
     # ---- operators
 
-    def _operator(self, layer: Layer, node: fx.Node, op: ir.Op, *, is_main: bool) -> fx.Node:
+    def _operator(self, layer: Layer, node: fx.Node, op: ir.Op, *, is_main: bool) -> fx.Node:  # noqa: PLR0911  # a table of kinds
         """Replace an operator by its version for this rank; return the node with its result."""
         name = str(node.target)
         original = self._model.get_submodule(name) if node.op == "call_module" else None
         match op:
-            case ir.Conv() | ir.Linear():
-                assert isinstance(original, WholeProduct)
-                if name not in self._modules:  # a module that is called twice is tied to one split
-                    self._add(name, self._product(layer, original))
-                return self._resolved(layer, node)
+            case ir.Conv() | ir.ConvTranspose() | ir.Linear() if not getattr(op, "computed_weight", False):
+                return self._product(layer, node, op, original)
             case ir.BatchNorm():
-                assert isinstance(original, WholeNorm)
-                if name not in self._modules:
-                    self._add(name, self._batch_norm(layer, original))
+                self._batch_norm(layer, node, op, original)
             case ir.Dropout():
                 return self._dropout(layer, node, op)
-            case ir.Flatten():
-                return self._swap_call(node, torch.flatten, 1)
-            case ir.Elementwise("identity") if _reshapes(node, original):
-                return self._swap_call(node, torch.Tensor.contiguous)  # its sizes are those of the whole batch
             case ir.Loss():
                 return self._loss(layer, node, op, original)
+            case ir.Custom() if original is not None:
+                self._custom(layer, node, original)
+            case ir.GroupNorm() if self._is_cut(layer):
+                return self._group_norm(layer, node, op, original)
+            case ir.Reshape() if self._is_cut(layer):
+                return self._reshape(layer, node)
+            case ir.Elementwise("identity") if _reshapes(node, original):
+                return self._swap_call(node, torch.Tensor.contiguous)  # its sizes are those of the whole batch
             case _:
                 fresh = not is_main and _makes_new_memory(tensor_inputs(node)[0], self._modules)
-                self._as_it_is(node, original, keeps_in_place=fresh)
+                fresh = fresh or (isinstance(layer.op, ir.PerSample) and not is_main)
+                self._slice_constants(layer, node)
+                self._as_it_is(layer, node, original, keeps_in_place=fresh)
         return node
 
-    def _resolved(self, layer: Layer, node: fx.Node) -> fx.Node:
-        """Return the node with a product's output: behind it, partial sums are resolved and the bias added."""
-        mine = self._layouts[layer.id]
-        if not steps(mine.computed, mine.output):
-            return node
-        users = list(node.users)
-        samples = layer.output.shape[0] == self._traced.layers.batch
-        conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples)
-        result = self._insert(f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
-        product = self._modules[str(node.target)]
-        assert isinstance(product, Product)
-        if product.bias is not None:
-            result = self._insert(f"biases.{_plain(layer.id)}", Bias(product), result)
-        for user in users:
-            user.replace_input_with(node, result)
-        return result
+    def _is_cut(self, layer: Layer) -> bool:
+        """Return whether a layer's output is cut by anything but samples."""
+        samples = layer.output.sample_dim
+        return any(isinstance(p, int) and p != samples for p in self._layouts[layer.id].output.placements)
 
-    def _as_it_is(self, node: fx.Node, original: nn.Module | None, *, keeps_in_place: bool) -> None:
+    def _as_it_is(self, layer: Layer, node: fx.Node, original: nn.Module | None, *, keeps_in_place: bool) -> None:
         """Keep an operator; a write into a tensor that others may read becomes a new tensor."""
         in_place = is_in_place(node, original) and not keeps_in_place
         if original is not None:
@@ -226,7 +277,7 @@ class Lowering:
                 module.inplace = False  # type: ignore[assignment]  # the attribute of element-wise modules
                 node.target = self._add(f"{name}_out_of_place_{len(self._modules)}", module)
             elif name not in self._modules:
-                self._add(name, original)
+                self._add(name, self._whole_module(layer, original))
         elif in_place:
             target = node.target
             node.target = target.rstrip("_") if isinstance(target, str) else _OUT_OF_PLACE.get(target, target)
@@ -234,6 +285,60 @@ class Lowering:
                 node.kwargs = {**node.kwargs, "inplace": False}
             if function_name(node) == "relu_":
                 node.target = torch.relu
+        self._seed(layer, node)
+
+    def _seed(self, layer: Layer, node: fx.Node) -> None:
+        """Let a call that draws random numbers draw the same ones on replicas, others on other pieces."""
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if not _is_random(node, module) or isinstance(module, Seeded):
+            return
+        call: Any = module if module is not None else node.target
+        if node.op == "call_method":
+            call = getattr(torch.Tensor, str(node.target))
+        key = shard_key(node.name, self._mesh, self._state.communicator.position, self._cut_axes(layer, "element"))
+        if module is not None:
+            drawn = copy.copy(module)
+            drawn.forward = Seeded(module.forward, key, self._state)
+            self._modules[str(node.target)] = drawn
+            return
+        name = self._add(f"random.{_plain(node.name)}_{len(self._modules)}", Seeded(call, key, self._state))
+        node.op, node.target = "call_module", name
+
+    def _cut_axes(self, layer: Layer, unit: str) -> Axes:
+        """Return the mesh axes along which ranks draw other numbers, where so much is drawn at once."""
+        spec, placements = layer.output, self._layouts[layer.id].output.placements
+        drawn: set[int | None] = {spec.sample_dim} if unit == "sample" else set()
+        if unit == "channel":
+            drawn = {spec.sample_dim, spec.dim_of(Dimension.OUT_CHANNEL)}
+        return tuple(
+            i for i, p in enumerate(placements) if isinstance(p, int) and (unit == "element" or p in drawn)
+        )  # fmt: skip
+
+    def _slice_constants(self, layer: Layer, node: fx.Node) -> None:
+        """Let an operator on a piece read the same piece of the constants that it is broadcast with."""
+        if not self._is_cut(layer):
+            return
+        layout, spec = self._layouts[layer.id].output, layer.output
+        region = layout.region(self._state.communicator.position)
+        for source in list(dict.fromkeys(tensor_inputs(node))):
+            value = source.meta["val"]
+            if not self._is_constant(source):
+                continue
+            index: list[slice] = []
+            for dim in range(-value.dim(), 0):
+                whole = dim + len(spec.shape)
+                cut = whole >= 0 and whole != spec.sample_dim and layout.axes_of(whole) and value.shape[dim] > 1
+                index.append(slice(region.start[whole], region.stop[whole]) if cut else slice(None))
+            if any(i != slice(None) for i in index):
+                with self._graph.inserting_before(node):
+                    part = self._graph.call_function(operator.getitem, (source, tuple(index)))
+                part.meta["val"] = value
+                node.replace_input_with(source, part)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Return whether a node is one of the traced ones that belong to no layer."""
+        traced = self._nodes.get(node.name) is node and node.op != "placeholder"
+        return traced and node.name not in self._in_layers and isinstance(node.meta["val"], torch.Tensor)
 
     def _swap_call(self, node: fx.Node, function: Any, *arguments: Any) -> fx.Node:
         with self._graph.inserting_after(node):
@@ -246,12 +351,48 @@ class Lowering:
         self._graph.erase_node(node)
         return new
 
+    def _reshape(self, layer: Layer, node: fx.Node) -> fx.Node:
+        """Reshape a piece: its sizes are not those that the user wrote."""
+        region = self._layouts[layer.id].output.region(self._state.communicator.position)
+        source, dim = self._traced.layers.inputs_of(layer)[0], layer.output.sample_dim
+        samples = _samples(source) or (0, 1)
+        ratio = (*samples, layer.output.sample_rows)
+        return self._swap_call(node, reshape_piece, list(region.shape), dim, ratio)
+
+    def _group_norm(self, layer: Layer, node: fx.Node, op: ir.GroupNorm, original: nn.Module | None) -> fx.Node:
+        """Normalise a piece of whole groups."""
+        layout = self._layouts[layer.id].output
+        region = layout.region(self._state.communicator.position)
+        groups = op.groups * region.shape[1] // op.channels
+        channels = slice(region.start[1], region.stop[1])
+        call = Call.of(node, self._model)
+        weight: Any = None
+        bias: Any = None
+        if original is not None:
+            eps = float(getattr(original, "eps", 1e-5))
+            for own, tensor in original.named_parameters(recurse=False):
+                self._attributes[f"{node.target}.{own}"] = tensor
+                with self._graph.inserting_before(node):
+                    read = self._graph.get_attr(f"{node.target}.{own}")
+                read.meta["val"] = tensor
+                weight, bias = (read, bias) if own == "weight" else (weight, read)
+        elif call.name == "group_norm":
+            _, weight, bias, eps = call.arguments(num_groups=1, weight=None, bias=None, eps=1e-5)
+        else:
+            *_, weight, bias, _, _, eps = call.arguments(
+                running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
+                eps=1e-5,
+            )  # fmt: skip
+        with self._graph.inserting_before(node):
+            pieces = [t and self._graph.call_function(operator.getitem, (t, channels)) for t in (weight, bias)]
+        return self._swap_call(node, torch.nn.functional.group_norm, groups, *pieces, eps)
+
     def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout) -> fx.Node:
-        axes = tuple(i for i, p in enumerate(self._layouts[layer.id].output.placements) if isinstance(p, int))
+        axes = self._cut_axes(layer, op.unit)
         key = shard_key(node.name, self._mesh, self._state.communicator.position, axes)
         own = str(node.target) if node.op == "call_module" else f"dropouts.{_plain(node.name)}"
         name = own if own not in self._modules else f"{own}_{len(self._modules)}"
-        self._add(name, Dropout(op.probability, op.whole_channels, key, self._state))
+        self._add(name, Dropout(op, key, self._state))
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, (tensor_inputs(node)[0],))
         return self._take_over(node, new)
@@ -259,18 +400,133 @@ class Lowering:
     def _loss(self, layer: Layer, node: fx.Node, op: ir.Loss, original: nn.Module | None) -> fx.Node:
         mine = self._layouts[layer.id]
         if not mine.computed.axes_with(Whole.PARTIAL):
-            self._as_it_is(node, original, keeps_in_place=False)
+            self._as_it_is(layer, node, original, keeps_in_place=False)
             return node
-        resolve = Redistribution(Conversion(mine.computed, mine.output, layer.id, False), self._state)
+        resolve = Redistribution(Conversion(mine.computed, mine.output, layer.id, None), self._state)
         call = original if original is not None else node.target
         assert callable(call)
+        first = next(spec for spec in self._traced.layers.inputs_of(layer) if spec.sample_dim is not None)
         name = self._add(
             f"losses.{_plain(layer.id)}_{len(self._modules)}",
-            LocalLoss(call, op.reduction == "mean", resolve, self._state),
+            LocalLoss(call, op.reduction == "mean", _samples(first) or (0, 1), resolve, self._state),
         )
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, node.args, node.kwargs)
         return self._take_over(node, new)
+
+    # ---- operators with parameters
+
+    def _product(self, layer: Layer, node: fx.Node, op: Any, original: nn.Module | None) -> fx.Node:
+        """Replace a product; behind it, partial sums are resolved and the bias is added once."""
+        mine = self._layouts[layer.id]
+        adds_bias = not steps(mine.computed, mine.output)
+        num_spatial = 0 if isinstance(op, ir.Linear) else len(op.kernel)
+        if original is not None:
+            name = str(node.target)
+            if name not in self._modules:  # a module that is called twice is tied to one split
+                self._add(name, self._product_module(layer, op, original, adds_bias))
+            product = self._modules[name]
+            if adds_bias:
+                return node
+            assert isinstance(product, Product)
+            bias = Bias(product.scaled_bias, num_spatial) if product.bias is not None else None
+        else:
+            operand = operands(Call.of(node, self._model))
+            call = ProductCall(op, self._groups(op, attribute(self._model, _target(operand["weight"])), layer))
+            read = operand["bias"]
+            name = self._add(f"products.{_plain(node.name)}_{len(self._modules)}", OfArguments(call))
+            with self._graph.inserting_before(node):
+                new = self._graph.call_module(
+                    name, (tensor_inputs(node)[0], operand["weight"], read if adds_bias else None)
+                )
+            node = self._take_over(node, new)
+            if adds_bias:
+                return node
+            bias = None if read is None else Bias(self._reader(_target(read)), num_spatial)
+        conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", _samples(layer.output))
+        users = list(node.users)
+        result = self._insert(f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
+        if bias is not None:
+            result = self._insert(f"biases.{_plain(layer.id)}", bias, result)
+        for user in users:
+            user.replace_input_with(node, result)
+        return result
+
+    def _groups(self, op: Any, weight: torch.Tensor, layer: Layer) -> int:
+        """Return the groups of this rank's piece of a convolution."""
+        groups = getattr(op, "groups", 1)
+        if groups == 1:
+            return 1
+        piece, _ = self._local(layer, weight)
+        return int(groups * piece.shape[0] // weight.shape[0])
+
+    def _product_module(self, layer: Layer, op: Any, original: nn.Module, adds_bias: bool) -> nn.Module:
+        whole = getattr(original, "weight")  # noqa: B009  # a product has one
+        weight, factor = self._local(layer, whole)
+        bias, bias_factor = None, 1.0
+        if original.bias is not None:
+            bias, bias_factor = self._local(layer, original.bias)  # type: ignore[arg-type]  # a tensor
+        if adds_bias and weight is whole and factor == bias_factor == 1.0:
+            return original
+        assert isinstance(weight, nn.Parameter)
+        call = ProductCall(op, self._groups(op, whole, layer))
+        return Product(call, weight, bias, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter
+
+    def _reader(self, name: str) -> Any:
+        """Return a function that returns a local parameter whose gradient has this rank's factor."""
+
+        def read() -> torch.Tensor:
+            found: torch.Tensor = scaled(self._attributes[name], self._factors.get(name, 1.0))
+            return found
+
+        return read
+
+    def _batch_norm(self, layer: Layer, node: fx.Node, op: ir.BatchNorm, original: nn.Module | None) -> None:
+        axes = reduced_axes(layer.output, self._layouts[layer.id].output) if self._plan.sync_batch_norm else ()
+        if original is None:
+            found = operands(Call.of(node, self._model))
+            name = self._add(f"norms.{_plain(node.name)}_{len(self._modules)}", Normalise(op, axes, self._state))
+            arguments = [found[role] for role in ("running_mean", "running_var", "weight", "bias")]
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (node.args[0], *arguments), {}
+            return
+        name = str(node.target)
+        if name in self._modules:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        factor, cut = 1.0, False
+        for own, tensor in [*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)]:
+            tensors[own], this = self._local(layer, tensor)
+            factor = this if isinstance(tensor, nn.Parameter) else factor
+            cut = cut or tensors[own].shape != tensor.shape
+        plain = not axes and factor == 1.0 and not cut
+        self._add(name, original if plain else BatchNorm(op, tensors, axes, self._state, factor))
+
+    def _whole_module(self, layer: Layer, original: nn.Module) -> nn.Module:
+        """Return a module whose parameters every rank holds whole."""
+        factors = {name: self._local(layer, p)[1] for name, p in original.named_parameters()}
+        if all(f == 1.0 for f in factors.values()):
+            return original
+        clone = copy.copy(original)
+        clone.forward = WithScaledGradients(original, factors, dict(original.named_parameters()))
+        return clone
+
+    def _custom(self, layer: Layer, node: fx.Node, original: nn.Module) -> None:
+        """Put a module of the user's own on this rank's pieces of its parameters."""
+        name = str(node.target)
+        if name in self._modules:
+            return
+        pieces, factors = {}, {}
+        for own, tensor in [*original.named_parameters(), *original.named_buffers()]:
+            pieces[own], factors[own] = self._local(layer, tensor)
+        clone = copy.deepcopy(original, {id(t): pieces[own] for own, t in original.named_parameters()})
+        for own, piece in pieces.items():
+            path, _, leaf = own.rpartition(".")
+            holder = clone.get_submodule(path)
+            (holder._parameters if leaf in holder._parameters else holder._buffers)[leaf] = piece  # type: ignore[assignment]  # one of both
+        if any(f != 1.0 for f in factors.values()):
+            inner = copy.copy(clone)
+            clone.forward = WithScaledGradients(inner, factors, pieces)
+        self._add(name, clone)
 
     # ---- parameters
 
@@ -302,36 +558,68 @@ class Lowering:
         self._replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
         if axes and tensor.requires_grad:
             self._synchronised[id(piece)] = (name, piece, axes)
-        return piece, group_size(self._mesh, axes) / self._state.gradient_scale
+        factor = group_size(self._mesh, axes) / self._state.gradient_scale
+        self._factors[name] = factor
+        return piece, factor
 
-    def _product(self, layer: Layer, original: WholeProduct) -> nn.Module:
-        mine = self._layouts[layer.id]
-        weight, factor = self._local(layer, original.weight)
-        bias, bias_factor = None, 1.0
-        if original.bias is not None:
-            bias, bias_factor = self._local(layer, original.bias)
-        groups = 1
-        if isinstance(layer.op, ir.Conv) and layer.op.groups > 1:
-            groups = layer.op.groups * weight.shape[0] // layer.op.out_channels
-        adds_bias = not steps(mine.computed, mine.output)
-        if adds_bias and weight is original.weight and factor == bias_factor == 1.0:
-            return original
-        assert isinstance(weight, nn.Parameter)
-        return Product(original, weight, bias, groups, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter as well
+    def _bind_attributes(self) -> None:
+        """Give the graph the local pieces of the parameters and buffers that it reads itself."""
+        layers = {p.name: layer for layer in self._traced.layers.layers for p in layer.params}
+        for node in list(self._graph.find_nodes(op="get_attr")):
+            path = str(node.target)
+            tensor = attribute(self._model, path)
+            name = self._names.get(id(tensor))
+            if name is None or name not in layers:
+                self._attributes[path] = tensor
+            else:
+                piece, factor = self._local(layers[name], tensor)
+                self._attributes[path] = piece
+                if factor != 1.0 and isinstance(piece, nn.Parameter) and piece.requires_grad:
+                    with self._graph.inserting_after(node):
+                        new = self._graph.call_function(scaled, (node, factor))
+                    node.replace_all_uses_with(new, lambda user, new=new: user is not new)
+            if path.endswith("num_batches_tracked"):
+                self._count_in_training(node)
 
-    def _batch_norm(self, layer: Layer, original: WholeNorm) -> nn.Module:
-        axes = reduced_axes(self._strategy[layer.id]) if self._plan.sync_batch_norm else ()
-        tensors: dict[str, torch.Tensor] = {}
-        factor = 1.0
-        for own, tensor in [
-            *original.named_parameters(recurse=False),
-            *original.named_buffers(recurse=False),
-        ]:
-            tensors[own], this = self._local(layer, tensor)
-            factor = this if isinstance(tensor, nn.Parameter) else factor
-        if not axes and factor == 1.0 and tensors["weight"] is original.weight:
-            return original
-        return BatchNorm(original, tensors, axes, self._state, factor)
+    def _bind_global_sizes(self) -> None:
+        """Let sizes that belong to no layer's piece be those of the whole batch."""
+        own = {name for names in self._traced.sizes.values() for name in names}
+        for node in list(self._graph.find_nodes(op="call_function", target=sample_size)):
+            if node.name not in own:
+                with self._graph.inserting_before(node):
+                    name = self._add(f"sizes.batch_{len(self._modules)}", BatchSize(node.args[3], self._state))
+                    new = self._graph.call_module(name)
+                self._take_over(node, new)
+
+    def _count_in_training(self, node: fx.Node) -> None:
+        for user in list(node.users):
+            if function_name(user) == "add_":
+                name = self._add(f"norms.count_{len(self._modules)}", CountBatches())
+                user.op, user.target, user.args, user.kwargs = "call_module", name, (node,), {}
+
+    def _transient(self) -> tuple[str, ...]:
+        """Return the names of read tensors that are no part of the user's state dict."""
+        kept = set(self._model.state_dict(keep_vars=True))
+        buffers = (name for name, t in self._attributes.items() if not isinstance(t, nn.Parameter))
+        return tuple(name for name in buffers if name not in kept)
+
+
+def _target(node: fx.Node | None) -> str:
+    assert node is not None
+    return str(node.target)
+
+
+def _samples(spec: TensorSpec) -> tuple[int, int] | None:
+    return None if spec.sample_dim is None else (spec.sample_dim, spec.sample_rows)
+
+
+def _is_random(node: fx.Node, module: nn.Module | None) -> bool:
+    """Return whether a call draws random numbers."""
+    if module is not None:
+        rate = getattr(module, "dropout", 0)
+        return isinstance(module, nn.RReLU | nn.AlphaDropout) or (isinstance(rate, int | float) and rate > 0)
+    drops = any(isinstance(v, float) and v > 0 for k, v in node.kwargs.items() if "dropout" in k)
+    return plain_name(node) in RANDOM or drops
 
 
 def _reshapes(node: fx.Node, original: nn.Module | None) -> bool:
@@ -340,7 +628,7 @@ def _reshapes(node: fx.Node, original: nn.Module | None) -> bool:
 
 def _makes_new_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Return whether a node's result is surely no view of anything that is read elsewhere."""
-    fresh = (Product, Bias, BatchNorm, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    fresh = (Product, Bias, BatchNorm, Normalise, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), (*fresh, *norms))
 

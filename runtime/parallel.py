@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from planner.errors import MismatchError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
+from planner.frontend.trace import empty_inputs
 from planner.ir.layout import balanced_pieces
 from planner.ir.rules import InputOutput
 from planner.plan.check import refuse_other_model
@@ -143,10 +144,8 @@ def trace_for(model: nn.Module, plan: Plan) -> TracedModel:
     """
     if any(t.is_meta for t in itertools.chain(model.parameters(), model.buffers())):
         raise UsageError("the model's weights are on the meta device; build it on a real device to run it")
-    examples = tuple(
-        torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta") for tensor in plan.model.inputs
-    )
-    traced = trace_layers(model, examples, plan.model.name)
+    inputs, keywords = empty_inputs(plan.model.inputs)
+    traced = trace_layers(model, inputs, plan.model.name, keywords=keywords)
     refuse_other_model(plan, traced.layers)
     return traced
 
@@ -160,7 +159,10 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     communicator.broadcast(seed)
     state.seed = int(seed)
     lowered = Lowering(traced, model, plan, state).run()
-    module = ParallelModule(lowered.modules, lowered.graph, type(model).__name__)
+    module = ParallelModule(lowered.state, lowered.graph, type(model).__name__)
+    for name in lowered.transient:
+        path, _, own = name.rpartition(".")
+        module.get_submodule(path)._non_persistent_buffers_set.add(own)
     module.plan, module._state = plan, state
     module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
     module._replicas = lowered.replicas

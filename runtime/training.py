@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,14 +44,27 @@ def own_samples(plan: Plan, rank: int, size: int | None = None) -> slice:
     return slice(*balanced_pieces(total, plan.mesh.size)[plan.mesh.ranks.index(rank)])
 
 
-def synthetic_inputs(plan: Plan, process: Process) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Batch:
+    """What one rank passes to the model: positional inputs, and those by keyword."""
+
+    inputs: list[torch.Tensor]
+    keywords: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def synthetic_batch(plan: Plan, process: Process) -> Batch:
     """Return random inputs of the planned shapes, this rank's samples only."""
     generator = torch.Generator().manual_seed(1)
     part = own_samples(plan, process.rank)
-    found = []
+    found = Batch([])
     for spec in plan.model.inputs:
         whole = torch.randn(spec.shape, generator=generator)
-        found.append(whole[part].to(process.device, getattr(torch, spec.dtype)))
+        dtype = getattr(torch, spec.dtype)
+        piece = (whole if dtype.is_floating_point else whole.abs())[part].to(process.device, dtype)
+        if spec.keyword:
+            found.keywords[spec.name] = piece
+        else:
+            found.inputs.append(piece)
     return found
 
 
@@ -66,12 +80,12 @@ def default_loss(output: Any) -> Any:
     return output if output.dim() == 0 else output.square().mean()
 
 
-def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, inputs: Sequence[torch.Tensor]) -> Step:
+def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
     """Return a function that runs forward, backward and the optimizer once."""
 
     def step() -> None:
         optimizer.zero_grad()
-        default_loss(net(*inputs)).backward()
+        default_loss(net(*batch.inputs, **batch.keywords)).backward()
         optimizer.step()
 
     return step
@@ -107,12 +121,12 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     """
     plan = Plan.from_json(argument["plan"])
     model = build_model(plan, process.device)
-    inputs = synthetic_inputs(plan, process)
+    batch = synthetic_batch(plan, process)
     net = parallelize(model, plan)
-    step = training_step(net, make_optimizer(plan.optimizer, net.parameters()), inputs)
+    step = training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
     timed_steps(step, argument["warmup"], process.device)
     steps_s = timed_steps(step, argument["steps"], process.device)
-    alone = silent_step(build_model(plan, process.device), plan, process, inputs)
+    alone = silent_step(build_model(plan, process.device), plan, process, batch)
     timed_steps(alone, 1, process.device)
     return {
         "steps_s": steps_s,
@@ -120,14 +134,14 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     }
 
 
-def silent_step(model: nn.Module, plan: Plan, process: Process, inputs: Sequence[torch.Tensor]) -> Step:
+def silent_step(model: nn.Module, plan: Plan, process: Process, batch: Batch) -> Step:
     """Return a step of the same plan in which nothing is sent: its compute alone (with wrong values).
 
     The model must be its own: a parameter that two parallel modules hold would be reduced by both.
     """
     position = plan.mesh.ranks.index(process.rank)
     net = lower(model, trace_for(model, plan), plan, SilentCommunicator(plan.mesh, position))
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), inputs)
+    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
 
 
 class SilentCommunicator:

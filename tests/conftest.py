@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -40,11 +41,17 @@ def _netns_lacks() -> str | None:
         return str(error)
 
 
+def _zoo_lacks() -> str | None:
+    missing = [name for name in ("torchvision", "timm") if importlib.util.find_spec(name) is None]
+    return f"needs {' and '.join(missing)}: pip install '.[zoo]'" if missing else None
+
+
 _LACKS: dict[str, Callable[[], str | None]] = {
     "dist": functools.cache(_dist_lacks),
     "gpu": functools.cache(lambda: _cuda_devices_lack(1)),
     "multigpu": functools.cache(lambda: _cuda_devices_lack(2)),
     "netns": functools.cache(_netns_lacks),
+    "zoo": functools.cache(_zoo_lacks),
 }
 
 

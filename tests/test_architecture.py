@@ -31,6 +31,8 @@ ONLY_IN = {  # cli imports torch inside functions only: ruff's TID253 checks tha
     "pulp": "planner.search.ilp",
     "typer": "planner.cli",
     "rich": "planner.cli",
+    "torchvision": "planner.frontend.zoo",
+    "timm": "planner.frontend.zoo",
 }
 ROOT = Path(__file__).parents[1]
 PATHS = [path for top in ("planner", "runtime") for path in sorted((ROOT / top).rglob("*.py"))]

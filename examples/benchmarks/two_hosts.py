@@ -39,11 +39,12 @@ from runtime.launch import Process, run_local
 from runtime.namespaces import two_hosts
 from runtime.parallel import parallelize
 from runtime.training import (
+    Batch,
     Step,
     build_model,
     make_optimizer,
     silent_step,
-    synthetic_inputs,
+    synthetic_batch,
     timed_steps,
     training_step,
 )
@@ -59,7 +60,7 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
     steps = {name: _planned_step(plan, process) for name, plan in plans.items()}
     steps[DDP] = _ddp_step(planned, process)
     steps[COMPUTE] = silent_step(
-        build_model(planned, process.device), planned, process, synthetic_inputs(planned, process)
+        build_model(planned, process.device), planned, process, synthetic_batch(planned, process)
     )
     for step in steps.values():
         timed_steps(step, argument["warmup"], process.device)
@@ -72,14 +73,14 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
 
 def _planned_step(plan: Plan, process: Process) -> Step:
     net = parallelize(build_model(plan, process.device), plan)
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), synthetic_inputs(plan, process))
+    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), synthetic_batch(plan, process))
 
 
 def _ddp_step(plan: Plan, process: Process) -> Step:
     net: nn.Module = DistributedDataParallel(build_model(plan, process.device))
     part = slice(process.rank * plan.batch // 2, (process.rank + 1) * plan.batch // 2)
-    whole = [torch.randn(spec.shape)[part] for spec in plan.model.inputs]
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), whole)
+    batch = Batch([torch.randn(spec.shape)[part] for spec in plan.model.inputs])
+    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
 
 
 def main() -> int:
@@ -102,12 +103,11 @@ def main() -> int:
 
 def run(model: str, batch: int, rate: str, rounds: int) -> dict[str, Any]:
     loaded = load_model(model)
-    assert loaded.input_shape is not None
     with two_hosts(parse_bit_rate(rate)) as hosts:
         machine = Machine(*machine_from(measure_host(2, hosts), 2))
         planner = prepare(
             loaded.module,
-            example_inputs([loaded.input_shape], batch),
+            example_inputs(loaded.input_shapes, batch),
             machine,
             Options(),
             Origin(model, model),

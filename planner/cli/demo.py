@@ -96,9 +96,8 @@ def _plans(case: Case, machine: "Machine", hosts: "Hosts | None") -> dict[str, P
     from planner.frontend.source import load_model
 
     loaded = load_model(case.model)
-    assert loaded.input_shape is not None
     origin = Origin(case.model, case.model, command="layerwise demo")
-    planner = prepare(loaded.module, example_inputs([loaded.input_shape], case.batch), machine, Options(), origin)
+    planner = prepare(loaded.module, example_inputs(loaded.input_shapes, case.batch), machine, Options(), origin)
     planner = measure_layers(planner, hosts)
     asked = {PLANNED if name == "auto" else name: Options(solver=name) for name in STRATEGIES}
     if case.has_batch_norm:

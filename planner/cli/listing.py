@@ -1,11 +1,13 @@
 """``models``, ``clusters`` and ``schema``: what is known by name."""
 
-from typing import TYPE_CHECKING
+import fnmatch
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from planner.cli.terminal import Terminal, rendered
 from planner.devices.graph import PRECISIONS
+from planner.errors import UnknownNameError, UsageError
 from planner.report.tables import Table
 from planner.units import GB, TERA, format_seconds
 
@@ -13,16 +15,43 @@ if TYPE_CHECKING:
     from planner.devices import BusKind, DeviceKind, NetworkKind
 
 
-def models(terminal: Terminal) -> None:
+def models(
+    terminal: Terminal,
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Such as 'res*' or 'timm:res*'.", show_default=False)
+    ] = "*",
+) -> None:
     """List the models that are known by name."""
+    library, colon, wanted = pattern.rpartition(":")
+    table = _library_table(library, wanted) if colon else _shipped_table(wanted)
+    if not table.rows:
+        raise UsageError(f"no model is called {pattern!r}")
+    terminal.out.print(rendered(table))
+    if not colon:
+        terminal.out.print(
+            "\ntorchvision:NAME and timm:NAME are models of these libraries, without weights; "
+            "`layerwise models 'timm:res*'` lists them.\n"
+            "A model of your own is package.module:callable or path/to/file.py:callable. All take "
+            "what --model-args says; yours returns a torch.nn.Module."
+        )
+
+
+def _shipped_table(pattern: str) -> Table:
     from planner.models import ENTRIES
 
-    rows = tuple((entry.name, " x ".join(map(str, entry.input_shape)), entry.source) for entry in ENTRIES.values())
-    terminal.out.print(rendered(Table("Models", ("name", "one sample", "from"), rows, num_text=3)))
-    terminal.out.print(
-        "\nA model of your own is package.module:callable or path/to/file.py:callable; it takes "
-        "what --model-args says and returns a torch.nn.Module."
-    )
+    found = [entry for entry in ENTRIES.values() if fnmatch.fnmatch(entry.name, pattern)]
+    rows = tuple((entry.name, " x ".join(map(str, entry.input_shape)), entry.source) for entry in found)
+    return Table("Models", ("name", "one sample", "from"), rows, num_text=3)
+
+
+def _library_table(library: str, pattern: str) -> Table:
+    from planner.frontend import zoo
+
+    if library not in zoo.LIBRARIES:
+        raise UnknownNameError("library of models", library, zoo.LIBRARIES)
+    found = sorted(zoo.families(library).items())
+    rows = tuple((f"{library}:{name}", family) for name, family in found if fnmatch.fnmatch(name, pattern))
+    return Table(f"Models of {library}", ("name", "defined in"), rows, num_text=2)
 
 
 def clusters(terminal: Terminal) -> None:

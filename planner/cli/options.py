@@ -1,14 +1,15 @@
-"""What is asked of a plan on the command line: the options of ``plan`` and ``compare``."""
+"""What is asked on the command line of a model (``inspect``) and of a plan (``plan`` and ``compare``)."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import typer
 
 from planner.errors import UnknownNameError, UsageError
-from planner.ir.split import Dimension
+from planner.ir.dimension import Dimension
 from planner.units import parse_bytes, parse_seconds
 
 SAMPLES_PER_DEVICE: Final = 32
@@ -16,18 +17,71 @@ SAMPLES_PER_DEVICE: Final = 32
 IN_CHANNEL: Final = frozenset({Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
 SPLITTABLE: Final = tuple(d.value for d in Dimension if d not in {Dimension.REPLICATE, Dimension.BROADCAST})
 
-_MODEL_HELP: Final = "A name of `layerwise models`, package.module:callable or path/to/file.py:callable."
+_MODEL_HELP: Final = (
+    "A name of `layerwise models`, torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable."
+)
+
+Shape = tuple[int, ...]
+"""Of one sample, the batch left out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What was typed; the methods turn it into values.
+class AskedModel:
+    """The model and its inputs as they were typed; the methods turn them into values.
 
     Raises:
         UsageError: from every method, where its text cannot be understood.
     """
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="[NAME=]SIZES",
+            help="One sample, such as 3,224,224; mask=1,224,224 is an argument by name, age= one number. Repeat per "
+            "input.",
+        ),
+    ] = None  # fmt: skip
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="For the model's callable; repeat for more."),
+    ] = None
+
+    def input_shapes(self) -> tuple[tuple[Shape, ...], dict[str, Shape]]:
+        """Return the size of one sample of each ``--input``: those by position, and those by name."""
+        found = list(self._inputs())
+        named = [(name, shape) for name, shape in found if name]
+        if repeated := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+            raise UsageError(f"--input {repeated[0]}= is given twice")
+        return tuple(shape for name, shape in found if not name), dict(named)
+
+    def inputs_of(self, known: Sequence[Shape]) -> tuple[tuple[Shape, ...], dict[str, Shape]]:
+        """Return what ``input_shapes`` returns, or the sizes that the model is known to take if there is none."""
+        given, named = self.input_shapes()
+        if not given and not named and not known:
+            raise UsageError(f"the input size of {self.model!r} is not known: give --input, as in --input 3,224,224")
+        return (given, named) if given or named else (tuple(known), {})
+
+    def arguments(self) -> dict[str, str | int | float | bool]:
+        """Return ``--model-args``."""
+        return dict(_argument(part) for text in self.model_args or () for part in text.split(","))
+
+    def _inputs(self) -> Iterator[tuple[str, Shape]]:
+        for text in self.shapes or ():
+            name, equals, sizes = text.rpartition("=")
+            if equals and not name.strip().isidentifier():
+                raise UsageError(f"--input {text!r}: {name!r} cannot be the name of an argument of forward()")
+            yield name.strip(), () if equals and not sizes.strip() else _shape(sizes, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(AskedModel):
+    """The plan as it was typed; the methods turn it into values.
+
+    Raises:
+        UsageError: from every method, where its text cannot be understood.
+    """
+
     devices: Annotated[int | None, typer.Option(min=1, metavar="N", help="That many equal accelerators.")] = None
     cluster: Annotated[
         str | None,
@@ -36,10 +90,6 @@ class Asked:
     batch: Annotated[
         int | None,
         typer.Option(min=1, metavar="B", help="Samples per step; 32 per device if left out."),
-    ] = None
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="SIZES", help="One sample, such as 3,224,224; repeat per input."),
     ] = None
     precision: Annotated[Literal["fp32", "tf32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32"
     optimizer: Annotated[Literal["sgd", "momentum", "adam"], typer.Option(help="For its memory and time.")] = "momentum"
@@ -75,14 +125,6 @@ class Asked:
             help="Statistics of each rank's own samples, as with plain DDP, not of the global batch.",
         ),
     ] = False
-    model_args: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="For the model's callable; repeat for more."),
-    ] = None
-
-    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Return the size of one sample of each ``--input``."""
-        return tuple(_shape(text) for text in self.shapes or ())
 
     def dimensions(self) -> frozenset[Dimension] | None:
         """Return ``--dims``; ``in_channel`` stands for both of its forms."""
@@ -98,16 +140,12 @@ class Asked:
         """Return ``--time-limit``."""
         return parse_seconds(self.time_limit)
 
-    def arguments(self) -> dict[str, str | int | float | bool]:
-        """Return ``--model-args``."""
-        return dict(_argument(part) for text in self.model_args or () for part in text.split(","))
 
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
+def _shape(sizes: str, text: str) -> Shape:
+    found = sizes.split(",")
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in found):
         raise UsageError(f"--input {text!r} is not a size of one sample, such as 3,224,224")
-    return tuple(map(int, sizes))
+    return tuple(map(int, found))
 
 
 def _dimensions(name: str) -> Iterator[Dimension]:

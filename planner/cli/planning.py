@@ -32,7 +32,7 @@ def plan(
     Without -o the plan is printed on stdout, and nothing else is.
     """
     if output is not None:
-        _refuse_unwritable(output)
+        refuse_unwritable(output)
     found = prepared(asked, terminal, context.obj or "").plan()
     if output is None:
         typer.echo(found.to_json(), nl=False)
@@ -85,7 +85,7 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     from planner.frontend.source import load_model
     from planner.space.enumerate import DEFAULT_DIMENSIONS
 
-    arguments, shapes = asked.arguments(), asked.input_shapes()
+    arguments, _ = asked.arguments(), asked.input_shapes()
     options = Options(
         asked.solver, asked.memory_limit_bytes(), asked.precision, asked.optimizer,
         not asked.local_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
@@ -93,13 +93,14 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     )  # fmt: skip
     machine = machine_of(asked.cluster, asked.devices, asked.precision)
     model = load_model(asked.model, arguments)
-    if not shapes and model.input_shape is None:
-        raise UsageError(f"the input size of {asked.model!r} is not known: give --input, as in --input 3,224,224")
+    shapes, named = asked.inputs_of(model.input_shapes)
+    if named:
+        raise UsageError(f"--input {next(iter(named))}=: only `layerwise inspect` takes inputs by name")
     num_ranks = len(machine.graph.devices)
     batch = asked.batch or SAMPLES_PER_DEVICE * num_ranks
     if batch % num_ranks:
         terminal.err.print(f"note: {_uneven(batch, num_ranks)}")
-    inputs = example_inputs(shapes or [model.input_shape or ()], batch)
+    inputs = example_inputs(shapes, batch)
     origin = Origin(model.name, model.source, arguments, command)
     return prepare(model.module, inputs, machine, options, origin)
 
@@ -113,7 +114,7 @@ def _uneven(batch: int, num_ranks: int) -> str:
     )
 
 
-def _refuse_unwritable(path: Path) -> None:
+def refuse_unwritable(path: Path) -> None:
     """Refuse a place that cannot be written, before a long search."""
     if path.is_dir():
         raise UsageError(f"cannot write {str(path)!r}: it is a folder")

@@ -74,16 +74,13 @@ def _model_line(plan: Plan, may_import: bool) -> str:
 
 
 def _layers_of(plan: Plan) -> "LayerGraph":
-    import torch
-
     from planner.frontend.lower import trace_layers
     from planner.frontend.source import load_model
+    from planner.frontend.trace import empty_inputs
 
     found = load_model(plan.model.source, plan.model.arguments)
-    inputs = tuple(
-        torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta") for tensor in plan.model.inputs
-    )
-    return trace_layers(found.module, inputs, found.name).layers
+    inputs, keywords = empty_inputs(plan.model.inputs)
+    return trace_layers(found.module, inputs, found.name, keywords=keywords).layers
 
 
 def _machine_line(plan: Plan, wanted: str | None) -> str:

@@ -1,7 +1,9 @@
 """What commands print on: results on stdout, everything else on stderr."""
 
+import io
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Final, TextIO
@@ -66,6 +68,15 @@ def rendered(table: Table) -> RichTable:
     for i, row in enumerate(table.rows):
         found.add_row(*row, style="bold" if i == table.emphasis else None)
     return found
+
+
+def as_text(parts: Iterable[RichTable | str]) -> str:
+    """Return what a file gets to see of what would be printed."""
+    stream = io.StringIO()
+    console = _console(stream)
+    for part in parts:
+        console.print(part)
+    return stream.getvalue()
 
 
 class _OnStderr(logging.Handler):

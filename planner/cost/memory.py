@@ -12,18 +12,7 @@ from typing import Final
 
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout
-from planner.ir.ops import (
-    BatchNorm,
-    Concat,
-    Conv,
-    Dropout,
-    Elementwise,
-    Linear,
-    Loss,
-    Pool,
-    Redistribute,
-    Softmax,
-)
+from planner.ir.ops import Conv, ConvTranspose, Linear
 from planner.ir.rules import LayerLayouts
 from planner.ir.tensor import DType
 
@@ -70,9 +59,9 @@ class LayerBytes:
 def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Optimizer) -> LayerBytes:
     """Return the bytes of a layer; activations have element type ``dtype``, parameters their own.
 
-    Every output is kept once, by the operator that made it or the one that reads it. What is kept
-    beside it: the input of an absorbed batch norm or of an activation that needs it, the mask of a
-    dropout, the indices of a max pool, and an input that was moved for a convolution or linear layer.
+    What autograd keeps of a whole layer is known from the trace (``Layer.saved_bytes``): its results
+    that a backward needs, and masks, indices or statistics that its operators make. A piece keeps its
+    share of that. Beside it, an input that was moved for a convolution or linear layer is kept.
     """
     weights = state = 0
     for parameter, layout in zip(layer.params, layouts.params, strict=True):
@@ -80,46 +69,20 @@ def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Op
         weights += num_bytes
         state += num_bytes * (1 + STATE_COPIES[optimizer]) if parameter.trainable else 0
     item = dtype.item_bytes
-    output = _elements(layouts.output) * item
     inputs = [_elements(layout) * item for layout in layouts.inputs]
-    kept = output * _keeps_output(layer)
-    kept += sum(_kept_by(absorbed.op, output, item) for absorbed in layer.absorbed)
-    if isinstance(layer.op, Pool) and layer.op.function == "max":
-        kept += output // item * DType.INT64.item_bytes
-    if isinstance(layer.op, Conv | Linear):
-        kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layout))
+    share = _elements(layouts.output) / layer.output.numel * item / layer.output.dtype.item_bytes
+    kept = math.ceil(layer.saved_bytes * share)
+    if isinstance(layer.op, Conv | ConvTranspose | Linear):
+        kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layer, layout))
     transient = 2 * _elements(layouts.computed) * item + 2 * sum(inputs)
     return LayerBytes(weights, state, kept, transient)
-
-
-_KEEPS_ITS_RESULT: Final = frozenset({
-    "relu", "relu6", "leaky_relu", "leakyrelu", "hardtanh", "sigmoid", "tanh", "exp", "sqrt",
-    "add", "sub", "neg", "identity", "contiguous", "clone",
-})  # fmt: skip
-"""Element-wise functions whose backward needs their result or nothing; all others keep their input as well."""
 
 
 def _elements(layout: Layout) -> int:
     return math.prod(layout.largest_shape())
 
 
-def _keeps_output(layer: Layer) -> bool:
-    kinds = Conv | Linear | BatchNorm | Pool | Elementwise | Dropout | Concat | Softmax | Loss
-    return isinstance(layer.op, kinds) and not isinstance(layer.op, Redistribute)
-
-
-def _kept_by(op: object, output: int, item_bytes: int) -> int:
-    match op:
-        case BatchNorm():
-            return output
-        case Dropout():
-            return output // item_bytes + output
-        case Elementwise(function=function) if function not in _KEEPS_ITS_RESULT:
-            return output
-        case _:
-            return 0
-
-
-def _may_be_moved(layout: Layout) -> bool:
+def _may_be_moved(layer: Layer, layout: Layout) -> bool:
     """Return whether an input is probably a new tensor: anything but the producer's own samples."""
-    return any(placement != 0 for placement in layout.placements)
+    samples = layer.output.sample_dim
+    return any(placement != samples for placement in layout.placements)

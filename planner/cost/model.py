@@ -117,7 +117,7 @@ class CostModel:
         dtype = local.dtype
         forward = self.pricer.price(found.computed, found.output, dtype.item_bytes)
         backward = self.pricer.price(found.output.gradient, found.computed.gradient, dtype.item_bytes)
-        forward_norm, backward_norm = self._statistics(layer, found.output, split)
+        forward_norm, backward_norm = self._statistics(layer, found.output)
         memory = layer_bytes(layer, found, dtype, self.settings.optimizer)
         trainable = sum(
             math.prod(x.largest_shape()) * p.spec.dtype.item_bytes
@@ -131,16 +131,16 @@ class CostModel:
             memory, time.measured,
         )  # fmt: skip
 
-    def _statistics(self, layer: Layer, output: Layout, split: Split) -> tuple[Price, Price]:
+    def _statistics(self, layer: Layer, output: Layout) -> tuple[Price, Price]:
         """Return what batch norm statistics cost.
 
         Forward, an all-gather of mean, variance and count; backward, an all-reduce of two sums.
         """
-        axes = reduced_axes(split)
+        axes = reduced_axes(layer.output, output)
         if not axes or not self.settings.sync_batch_norm:
             return FREE, FREE
         norms = [op for op in (layer.op, *(a.op for a in layer.absorbed)) if isinstance(op, BatchNorm)]
-        channels = output.largest_shape()[1] if len(output.shape) > 1 else 0
+        channels = output.largest_shape()[1] if norms else 0
         pair = FREE, FREE
         for _ in norms:
             row_bytes = (2 * channels + 1) * DType.FLOAT32.item_bytes

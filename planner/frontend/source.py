@@ -1,6 +1,7 @@
 """From the MODEL argument to a module.
 
-MODEL is a name of ``planner.models``, ``package.module:callable`` or ``path/to/file.py:callable``.
+MODEL is a name of ``planner.models``, ``torchvision:NAME``, ``timm:NAME`` (``planner.frontend.zoo``),
+``package.module:callable`` or ``path/to/file.py:callable``.
 Modules are looked up as ``python -m`` does, the current folder first. Loading runs the user's code,
 which may raise anything: this boundary turns it into a ``UsageError`` and keeps the cause.
 """
@@ -21,7 +22,10 @@ import torch
 from torch import nn
 
 from planner.errors import UsageError
+from planner.frontend import zoo
 from planner.models import entry
+
+Shape = tuple[int, ...]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,15 +36,15 @@ class LoadedModel:
 
     Attributes:
         module: the network; on the meta device unless asked otherwise or it cannot be built there.
-        name: the registered name, or that of the callable.
+        name: the registered name, that of the library, or that of the callable.
         source: the reference as the user gave it.
-        input_shape: of one sample, without the batch; None where unknown.
+        input_shapes: of one sample of each input, without the batch; empty where unknown.
     """
 
     module: nn.Module
     name: str
     source: str
-    input_shape: tuple[int, ...] | None
+    input_shapes: tuple[Shape, ...]
 
 
 def load_model(
@@ -49,27 +53,32 @@ def load_model(
     """Return the model that a MODEL argument means.
 
     Args:
-        reference: a registered name, ``package.module:callable`` or ``path/to/file.py:callable``.
-            The callable, or the module it returns, may carry an ``input_shape``.
+        reference: a registered name, ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable``
+            or ``path/to/file.py:callable``. The callable, or the module it returns, may carry an
+            ``input_shape``, or ``input_shapes`` for several inputs.
         arguments: keyword arguments of the callable.
-        device: where the weights are made; on ``meta`` they take no memory. A user's callable that
-            fails there is built on the CPU.
+        device: where the weights are made; on ``meta`` they take no memory. A callable that fails
+            there is built on the CPU; a registered name is not.
 
     Raises:
-        UnknownNameError: a plain name that is not registered.
-        UsageError: the file, module or callable does not exist, raises, or returns no module.
+        UnknownNameError: a plain name that is not registered, or one that the library does not know.
+        UsageError: the library, file, module or callable does not exist, raises, or returns no module.
     """
     place, colon, attribute = reference.rpartition(":")
     if not colon:
         known = entry(reference)
         module = _call(known.build, reference, arguments, [device])
-        return LoadedModel(module, known.name, reference, known.input_shape)
+        return LoadedModel(module, known.name, reference, (known.input_shape,))
+    library, _, name = reference.partition(":")
+    if library in zoo.LIBRARIES:
+        found = zoo.find(reference, arguments)
+        whole = _call(found.build, reference, arguments, dict.fromkeys((device, "cpu")))
+        return LoadedModel(found.part(whole), name, reference, found.input_shapes(whole))
     path = Path(place) if place.endswith(".py") else None
     with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
         factory = _find(reference, path or place, attribute)
         module = _call(factory, reference, arguments, dict.fromkeys((device, "cpu")))
-    shape = _input_shape(factory) or _input_shape(module)
-    return LoadedModel(module, attribute, reference, shape)
+    return LoadedModel(module, attribute, reference, _input_shapes(factory) or _input_shapes(module))
 
 
 @contextmanager
@@ -142,9 +151,13 @@ def _call(
     ) from failure
 
 
-def _input_shape(owner: object) -> tuple[int, ...] | None:
-    """Return the attribute ``input_shape``; None where it is missing or means something else."""
-    shape = getattr(owner, "input_shape", None)
-    if not isinstance(shape, tuple | list) or not shape:
-        return None
-    return tuple(shape) if all(isinstance(size, int) and size >= 1 for size in shape) else None
+def _input_shapes(owner: object) -> tuple[Shape, ...]:
+    """Return the attribute ``input_shapes`` or ``input_shape``; empty where it is missing or means something else."""
+    shapes = getattr(owner, "input_shapes", None) or [getattr(owner, "input_shape", None)]
+    if not isinstance(shapes, tuple | list) or not all(map(_is_shape, shapes)):
+        return ()
+    return tuple(tuple(shape) for shape in shapes)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(n, int) and n >= 1 for n in value)

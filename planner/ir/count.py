@@ -4,19 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.ir.graph import Layer, LayerGraph
+from planner.ir.graph import Layer, LayerGraph, Parameter
 from planner.ir.ops import (
-    AdaptivePool,
     BatchNorm,
     Conv,
-    Dropout,
+    ConvTranspose,
+    Custom,
     Elementwise,
-    Flatten,
+    GroupNorm,
     Linear,
-    Loss,
     Op,
-    Pool,
-    Softmax,
+    Permute,
+    PerSample,
+    Reshape,
 )
 from planner.ir.split import LayerId
 
@@ -34,6 +34,9 @@ def multiply_adds(op: Op, inputs: Sequence[Shape], output: Shape) -> int:
             return math.prod(output) * inputs[0][1] * math.prod(kernel)
         case Conv(in_channels=channels, kernel=kernel, groups=groups):
             return math.prod(output) * (channels // groups) * math.prod(kernel)
+        case ConvTranspose(out_channels=whole, kernel=kernel, groups=groups):
+            per_group = output[1] // max(groups * output[1] // whole, 1)
+            return math.prod(inputs[0]) * per_group * math.prod(kernel)
         case Linear():
             return math.prod(output) * inputs[0][-1]
         case _:
@@ -79,39 +82,69 @@ def work(
     this count does not. An element-wise operator reads and writes its output once, a batch norm
     reads it twice.
     """
-    flop = 2 * multiply_adds(layer.op, inputs, output)
     moved_in, moved_out = sum(map(math.prod, inputs)), math.prod(output)
-    weights = sum(math.prod(s) for s, p in zip(params, layer.params, strict=True) if p.trainable)
+    trained = [(p, math.prod(s)) for s, p in zip(params, layer.params, strict=True) if p.trainable]
+    weights = sum(size for _, size in trained)
+    flop, input_flop, weight_flop = _flop(layer, inputs, output, input_gradient=input_gradient)
     passes = sum(_memory_passes(absorbed.op) for absorbed in layer.absorbed)
-    own = 0 if isinstance(layer.op, Flatten) or not _computes(layer.op) else moved_in + moved_out + weights
-    extra = 1 if isinstance(layer.op, BatchNorm) else 0
+    own = moved_in + moved_out + weights if _computes(layer.op) else 0
+    extra = 1 if isinstance(layer.op, BatchNorm | GroupNorm) else 0
     return Work(
         forward_flop=flop,
-        input_gradient_flop=flop if input_gradient else 0,
-        weight_gradient_flop=flop if any(p.trainable and p.in_dim is not None for p in layer.params) else 0,
+        input_gradient_flop=input_flop,
+        weight_gradient_flop=weight_flop,
         forward_elements=own + (passes + extra) * moved_out,
         backward_elements=(2 if flop else 1) * own + (passes + extra) * moved_out + weights,
-        kernels=(1 if own else 0) + len(layer.absorbed),
+        kernels=(1 if own else 0) + sum(_computes(absorbed.op) for absorbed in layer.absorbed),
     )
+
+
+def _flop(layer: Layer, inputs: Sequence[Shape], output: Shape, *, input_gradient: bool) -> tuple[int, int, int]:
+    """Return the FLOP of forward, of the inputs' gradient and of the parameters' gradient."""
+    trains = not _ends_gradient(layer)
+    if isinstance(layer.op, PerSample | Custom):
+        share = math.prod(output) / layer.output.numel  # its pieces are pieces of the batch
+        forward, backward = round(layer.op.forward_flop * share), round(layer.op.backward_flop * share)
+        return forward, backward if trains else 0, 0
+    flop = 2 * multiply_adds(layer.op, inputs, output)
+    trained = any(p.trainable and _is_in_weight(p, layer.op) for p in layer.params)
+    return flop, flop if input_gradient and trains else 0, flop if trained and trains else 0
+
+
+def _is_in_weight(parameter: Parameter, op: Op) -> bool:
+    """Return whether a product's weight is this parameter, or computed from it; that of a batch norm has one size."""
+    if getattr(op, "computed_weight", False):
+        return parameter.whole
+    return parameter.role == "weight" and len(parameter.spec.shape) > 1
 
 
 def _computes(op: Op) -> bool:
-    return isinstance(op, Conv | Linear | BatchNorm | Pool | AdaptivePool | Elementwise | Dropout | Softmax | Loss) or (
-        op.kind == "concat"
-    )
+    """Return whether an operator reads and writes memory; views do not."""
+    views = isinstance(op, Reshape | Permute) or op.kind in {"input", "output", "redistribute"}
+    return not views and not (op.kind == "elementwise" and getattr(op, "function", "") == "identity")
 
 
 def _memory_passes(op: Op) -> int:
-    return 3 if isinstance(op, BatchNorm) else 2
+    if isinstance(op, BatchNorm):
+        return 3
+    return 2 if _computes(op) else 0
 
 
 def gradient_flow(graph: LayerGraph) -> dict[LayerId, bool]:
-    """Return for each layer whether its output carries a gradient in training."""
+    """Return for each layer whether its output carries a gradient in training: not behind ``detach``."""
     flows: dict[LayerId, bool] = {}
     for layer in graph.layers:
         own = any(p.trainable for p in layer.params)
-        flows[layer.id] = layer.output.dtype.is_floating and (own or any(flows[i] for i in layer.inputs))
+        before = layer.op != _DETACH and any(flows[i] for i in layer.inputs)
+        flows[layer.id] = layer.output.dtype.is_floating and (own or before) and not _ends_gradient(layer)
     return flows
+
+
+_DETACH = Elementwise("detach")
+
+
+def _ends_gradient(layer: Layer) -> bool:
+    return any(absorbed.op == _DETACH for absorbed in layer.absorbed)
 
 
 def total_flop(graph: LayerGraph) -> tuple[int, int]:

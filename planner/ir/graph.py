@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import networkx as nx
 
@@ -22,6 +22,9 @@ class Parameter:
         out_dim: dimension that follows the layer's output channels, if any.
         in_dim: dimension that follows the layer's input channels, if any.
         trainable: has a gradient; buffers (running statistics) have none.
+        role: what it is to the operator: ``weight``, ``bias``, ``running_mean`` ...; empty where it is
+            read through other operators.
+        whole: every rank holds it whole, and its gradient is an addend wherever ranks do different work.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Parameter:
     out_dim: int | None = 0
     in_dim: int | None = None
     trainable: bool = True
+    role: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,10 @@ class Layer:
         output: whole output tensor, global batch included.
         params: parameters and buffers, those of absorbed operators included.
         absorbed: operators applied to the output in place, in order.
+        follows: the layer whose call made this layer's tensor as another of its results; it takes that layer's split.
         origin: place in the user's code, for messages; no part of the digest.
+        saved_bytes: of this layer's results and what its operators keep beside them, held for backward;
+            of the whole batch. No part of the digest: it may differ between versions of torch.
     """
 
     id: LayerId
@@ -59,7 +67,9 @@ class Layer:
     output: TensorSpec
     params: tuple[Parameter, ...] = ()
     absorbed: tuple[Absorbed, ...] = ()
+    follows: LayerId | None = None
     origin: str = field(default="", compare=False)
+    saved_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -127,32 +137,41 @@ def _plain(layer: Layer) -> dict[str, object]:
         "id": layer.id,
         "op": [layer.op.kind, asdict(layer.op)],
         "inputs": list(layer.inputs),
-        "output": [list(layer.output.shape), layer.output.dtype],
-        "params": [asdict(p) for p in layer.params],
+        "output": _plain_tensor(layer.output),
+        "params": [{**asdict(p), "spec": [list(p.spec.shape), p.spec.dtype]} for p in layer.params],
+        "follows": layer.follows,
         "absorbed": [[a.id, a.op.kind, asdict(a.op)] for a in layer.absorbed],
     }
+
+
+def _plain_tensor(spec: TensorSpec) -> list[object]:
+    return [list(spec.shape), spec.dtype, list(spec.roles), spec.sample_rows]
 
 
 def share_transfers(graph: LayerGraph) -> LayerGraph:
     """Return the graph with a redistribute layer behind every tensor that several layers read.
 
     Consumers that ask for the same layout then share one transfer and one gradient reduction.
-    Outputs of the model read the tensor directly: their layout is pinned.
+    Outputs of the model read the tensor directly: their layout is pinned. So do further results of a
+    call: they are where the call is.
     """
     readers: dict[LayerId, int] = {}
     for layer in graph.layers:
-        if not isinstance(layer.op, Output):
+        if not _reads_directly(layer):
             for producer in layer.inputs:
                 readers[producer] = readers.get(producer, 0) + 1
     shared = {i: LayerId(f"{i}:shared") for i, count in readers.items() if count > 1}
     layers: list[Layer] = []
     for layer in graph.layers:
-        keeps = isinstance(layer.op, Output)
-        inputs = layer.inputs if keeps else tuple(shared.get(i, i) for i in layer.inputs)
-        layers.append(Layer(layer.id, layer.op, inputs, layer.output, layer.params, layer.absorbed, layer.origin))
+        inputs = layer.inputs if _reads_directly(layer) else tuple(shared.get(i, i) for i in layer.inputs)
+        layers.append(replace(layer, inputs=inputs))
         if layer.id in shared:
             layers.append(Layer(shared[layer.id], Redistribute(), (layer.id,), layer.output, origin=layer.origin))
     return LayerGraph(graph.name, tuple(layers), graph.batch)
+
+
+def _reads_directly(layer: Layer) -> bool:
+    return isinstance(layer.op, Output) or layer.follows is not None
 
 
 def is_boundary(op: Op) -> bool:
@@ -161,7 +180,7 @@ def is_boundary(op: Op) -> bool:
 
 
 def tied_layers(graph: LayerGraph) -> tuple[int, ...]:
-    """Return for every layer the first layer with which it shares a parameter, directly or not.
+    """Return for every layer the first layer with which it shares a parameter or a call, directly or not.
 
     Tied layers take the same split on every axis.
     """
@@ -174,7 +193,11 @@ def tied_layers(graph: LayerGraph) -> tuple[int, ...]:
 
     owner: dict[str, int] = {}
     for i, layer in enumerate(graph.layers):
+        if layer.follows is not None:
+            leader[find(i)] = find(graph.index[layer.follows])
         for parameter in layer.params:
+            if parameter.whole and not parameter.trainable:
+                continue  # a table that every rank holds whole ties nobody
             low, high = sorted((find(owner.setdefault(parameter.name, i)), find(i)))
             leader[high] = low
     return tuple(find(i) for i in range(len(graph.layers)))

@@ -1,5 +1,10 @@
-"""The input that a piece of output needs from a window operator (convolution, pooling)."""
+"""The input that a piece of output needs from operators that look around: windows, resizing.
 
+Every class answers one question: which positions of an input dimension do the outputs
+``[start, stop)`` read, cut to the tensor.
+"""
+
+import math
 from dataclasses import dataclass
 
 
@@ -18,12 +23,96 @@ class Window:
     padding: int = 0
     dilation: int = 1
 
-    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
-        """Return the input positions that outputs ``[start, stop)`` read, cut to the tensor.
+    def reach(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the positions that outputs ``[start, stop)`` read; what lies outside the tensor is padding.
 
-        Output rows [a, b) need input rows [a*s - p, (b-1)*s - p + d*(k-1) + 1); what lies outside
-        the tensor is padding.
+        Output rows [a, b) need input rows [a*s - p, (b-1)*s - p + d*(k-1) + 1).
         """
         first = start * self.stride - self.padding
-        last = (stop - 1) * self.stride - self.padding + self.dilation * (self.kernel - 1) + 1
+        return first, first + (stop - 1 - start) * self.stride + self.dilation * (self.kernel - 1) + 1
+
+    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
+        """Return the input positions that outputs ``[start, stop)`` read, cut to the tensor."""
+        first, last = self.reach(start, stop)
         return min(max(first, 0), in_size), max(min(last, in_size), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedWindow:
+    """A transposed convolution along one dimension; attributes as of ``Window``."""
+
+    out_size: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
+        """Return the input positions i with start <= i*s - p + d*k < stop for some k of the kernel."""
+        reach = self.dilation * (self.kernel - 1)
+        first = -(-(start + self.padding - reach) // self.stride)
+        last = (stop - 1 + self.padding) // self.stride + 1
+        first = min(max(first, 0), in_size)
+        return first, max(min(last, in_size), first)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveWindow:
+    """Adaptive pooling along one dimension: output i reads [floor(i*n/m), ceil((i+1)*n/m))."""
+
+    out_size: int
+
+    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
+        """Return the input positions that outputs ``[start, stop)`` read."""
+        return start * in_size // self.out_size, -(-stop * in_size // self.out_size)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleWindow:
+    """Blocks: ``rows`` output positions belong to ``per`` input positions (pixel shuffle and back)."""
+
+    out_size: int
+    rows: int
+    per: int
+
+    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
+        """Return the input positions that outputs ``[start, stop)`` read, whole blocks."""
+        return start // self.rows * self.per, min(-(-stop // self.rows) * self.per, in_size)
+
+
+@dataclass(frozen=True, slots=True)
+class InterpolationWindow:
+    """Resizing along one dimension.
+
+    Attributes:
+        out_size: size of the output dimension.
+        step: input positions per output position, as torch computes it.
+        mode: ``nearest`` and ``nearest-exact`` read one position, ``linear`` two.
+        align_corners: the outermost positions are mapped on each other.
+    """
+
+    out_size: int
+    step: float
+    mode: str
+    align_corners: bool = False
+
+    def position(self, index: int) -> float:
+        """Return where output ``index`` lies in the input, in input positions."""
+        if self.mode == "nearest":
+            return index * self.step
+        if self.mode == "nearest-exact":
+            return (index + 0.5) * self.step
+        if self.align_corners:
+            return index * self.step
+        return max((index + 0.5) * self.step - 0.5, 0.0)
+
+    def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
+        """Return the input positions that outputs ``[start, stop)`` read; one more at each end, as floats round."""
+        reach = 1 if self.mode == "linear" else 0
+        first = math.floor(self.position(start)) - 1
+        last = math.floor(self.position(stop - 1)) + reach + 2
+        first = min(max(first, 0), in_size - 1)
+        return first, max(min(last, in_size), first + 1)
+
+
+AnyWindow = Window | TransposedWindow | AdaptiveWindow | ScaleWindow | InterpolationWindow

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from planner.ir.halo import Window
+from planner.ir.halo import AnyWindow
 from planner.ir.mesh import Mesh
 from planner.ir.region import Region
 
@@ -59,7 +59,7 @@ class Cut:
 
     rule: CutRule = CutRule.BALANCED
     unit: int = 1
-    window: Window | None = None
+    window: AnyWindow | None = None
     sizes: tuple[int, ...] | None = None
 
 
@@ -206,5 +206,6 @@ class Layout:
         return tuple(max(b - a for a, b in self.pieces(dim)) for dim in range(len(self.shape)))
 
     def has_empty_piece(self) -> bool:
-        """Return whether some rank would hold nothing."""
-        return any(a >= b for dim in range(len(self.shape)) for a, b in self.pieces(dim))
+        """Return whether some rank would hold nothing of a dimension that is cut."""
+        cut = [dim for dim in range(len(self.shape)) if self.axes_of(dim)]
+        return any(a >= b for dim in cut for a, b in self.pieces(dim))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from planner.ir.dimension import Dimension
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
@@ -35,6 +37,27 @@ class Conv:
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+    """Before the first element of each dimension."""
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+    padding_after: tuple[int, ...] | None = None
+    """Behind the last element, where it is not that before the first (``padding="same"``)."""
+    computed_weight: bool = False
+    """The weight is the result of other operators (weight standardisation), which every rank runs whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvTranspose:
+    """Transposed convolution over one to three spatial dimensions."""
+
+    kind: ClassVar[str] = "conv_transpose"
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
 
@@ -46,6 +69,8 @@ class Linear:
     kind: ClassVar[str] = "linear"
     in_features: int
     out_features: int
+    computed_weight: bool = False
+    """As of ``Conv``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +79,33 @@ class BatchNorm:
 
     kind: ClassVar[str] = "batch_norm"
     channels: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    """Of the running statistics; None for their plain mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNorm:
+    """Normalisation over groups of channels and all of space of each sample; a group per channel: instance norm."""
+
+    kind: ClassVar[str] = "group_norm"
+    groups: int
+    channels: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Max or average pooling."""
+    """Max, average or power-average pooling."""
 
     kind: ClassVar[str] = "pool"
-    function: Literal["max", "avg"]
+    function: Literal["max", "avg", "lp"]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     ceil_mode: bool = False
+    count_include_pad: bool = True
+    """Of an average: positions in the padding count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +118,28 @@ class AdaptivePool:
 
 
 @dataclass(frozen=True, slots=True)
+class Interpolate:
+    """Resizes space."""
+
+    kind: ClassVar[str] = "interpolate"
+    mode: Literal["nearest", "nearest-exact", "linear", "cubic", "area"]
+    align_corners: bool = False
+    scale: tuple[float, ...] | None = None
+    """Output positions per input position as the user gave them; None where the sizes decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelShuffle:
+    """Moves channels into blocks of ``factor`` x ``factor`` pixels, or back (``unshuffle``)."""
+
+    kind: ClassVar[str] = "pixel_shuffle"
+    factor: int
+    unshuffle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A function of each element alone, or of equal positions of several tensors (``add``, ``mul``)."""
+    """A function of each element alone, or of equal positions of several tensors (``add``, ``mul``), broadcast."""
 
     kind: ClassVar[str] = "elementwise"
     function: str
@@ -88,11 +147,13 @@ class Elementwise:
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Zeroes elements (or whole channels) at random in training."""
+    """Zeroes elements (or whole channels, or whole samples: stochastic depth) at random in training."""
 
     kind: ClassVar[str] = "dropout"
     probability: float
-    whole_channels: bool = False
+    unit: Literal["element", "channel", "sample", "batch"] = "element"
+    rescale: bool = True
+    """Divide what stays by the probability to stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +165,78 @@ class Concat:
 
 
 @dataclass(frozen=True, slots=True)
-class Flatten:
-    """Joins the channels and all of space into one dimension."""
+class Reshape:
+    """Joins or divides neighbouring dimensions (``flatten``, ``view``).
 
-    kind: ClassVar[str] = "flatten"
+    Attributes:
+        groups: ranges of input dimensions and of output dimensions that hold the same elements:
+            (first input, past the last input, first output, past the last output).
+    """
+
+    kind: ClassVar[str] = "reshape"
+    groups: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """Reorders dimensions: output dimension i is input dimension ``order[i]``."""
+
+    kind: ClassVar[str] = "permute"
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """Any function that works along some dimensions, for every index of the others alone.
+
+    Slices, padding, layer norm, local response norm, cumulative sums, gated units.
+    """
+
+    kind: ClassVar[str] = "along"
+    function: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Mean, sum, maximum or the like over some dimensions."""
+
+    kind: ClassVar[str] = "reduce"
+    function: str
+    dims: tuple[int, ...]
+    keepdim: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PerSample:
+    """Any function of several tensors or dimensions that treats each sample alone: attention, window partition, FFT.
+
+    Attributes:
+        function: its name.
+        forward_flop, backward_flop: of the matrix products in it, for the whole batch.
+    """
+
+    kind: ClassVar[str] = "per_sample"
+    function: str
+    forward_flop: int = 0
+    backward_flop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Custom:
+    """A module of the user's with a rule of its own, see ``planner.frontend.custom``.
+
+    Attributes:
+        name: of its class.
+        dimensions: that may be split, beside samples; input and output are cut alike.
+        forward_flop, backward_flop: of the matrix products in it, for the whole batch.
+    """
+
+    kind: ClassVar[str] = "custom"
+    name: str
+    dimensions: tuple[Dimension, ...] = ()
+    forward_flop: int = 0
+    backward_flop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +258,19 @@ class Loss:
 
 
 Op = (
-    Input | Output | Redistribute | Conv | Linear | BatchNorm | Pool | AdaptivePool | Elementwise
-    | Dropout | Concat | Flatten | Softmax | Loss
+    Input | Output | Redistribute | Conv | ConvTranspose | Linear | BatchNorm | GroupNorm | Pool | AdaptivePool
+    | Interpolate | PixelShuffle | Elementwise | Dropout | Concat | Reshape | Permute | Along | Reduce | PerSample
+    | Custom | Softmax | Loss
 )  # fmt: skip
 """Every operator kind. A new one needs a rule in ``planner.ir.rules`` and a lowering in ``runtime.lower``."""
+
+
+def describe(op: Op) -> str:
+    """Return what an operator is in one word: its function where the kind is general, else its kind."""
+    match op:
+        case Along(function=name) | Reduce(function=name) | PerSample(function=name) | Elementwise(function=name):
+            return name
+        case Custom(name=name):
+            return name
+        case _:
+            return op.kind

@@ -7,31 +7,43 @@ alone. The layout algebra turns these placements into regions, transfers and gra
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 
+from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph, Parameter
+from planner.ir.halo import AdaptiveWindow, AnyWindow, InterpolationWindow, ScaleWindow, TransposedWindow, Window
 from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Placement, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.ops import (
     AdaptivePool,
+    Along,
     BatchNorm,
     Concat,
     Conv,
+    ConvTranspose,
+    Custom,
     Dropout,
     Elementwise,
-    Flatten,
+    GroupNorm,
     Input,
+    Interpolate,
     Linear,
     Loss,
     Op,
     Output,
+    Permute,
+    PerSample,
+    PixelShuffle,
     Pool,
     Redistribute,
+    Reduce,
+    Reshape,
     Softmax,
-)
-from planner.ir.split import SPATIAL_DIMENSIONS, Dimension, Split
+)  # fmt: skip
+from planner.ir.split import Split
 from planner.ir.tensor import TensorSpec
 
 
@@ -49,64 +61,298 @@ class Effect:
     """What a mesh axis does to an operator.
 
     Attributes:
-        inputs: placement of every input (one entry serves all inputs).
+        inputs: placement of every input.
         output: placement of what the operator computes, before partial sums are resolved.
     """
 
-    inputs: Placement
+    inputs: tuple[Placement, ...]
     output: Placement
 
 
-def channel_dim(op: Op, shape: tuple[int, ...]) -> int:
-    """Return the dimension of a tensor of this operator that holds the channels."""
-    return len(shape) - 1 if isinstance(op, Linear) else min(1, len(shape) - 1)
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How an operator on these tensors can be split.
+
+    Attributes:
+        effects: what each legal dimension does.
+        windows: cuts of input dimensions that differ from the plain ones, by input and dimension:
+            the input pieces that pieces of the output need.
+        output_units: of output dimensions whose pieces are multiples of more than one element.
+    """
+
+    effects: Mapping[Dimension, Effect]
+    windows: Mapping[tuple[int, int], Cut] = field(default_factory=dict)
+    output_units: Mapping[int, int] = field(default_factory=dict)
 
 
-_SAMPLE = Effect(0, 0)
-_REPLICATE = Effect(Whole.EQUAL, Whole.EQUAL)
+Specs = tuple[TensorSpec, ...]
+_OWN_SPACE = (Dimension.DEPTH, Dimension.HEIGHT, Dimension.WIDTH, Dimension.LENGTH)
 
 
-def effects(op: Op, shape: tuple[int, ...]) -> Mapping[Dimension, Effect]:  # noqa: PLR0911  # a table of kinds
-    """Return what each legal dimension does to an operator whose output has this shape."""
-    channel = channel_dim(op, shape)
-    pointwise = {
-        Dimension.SAMPLE: _SAMPLE,
-        Dimension.OUT_CHANNEL: Effect(channel, channel),
-        Dimension.REPLICATE: _REPLICATE,
-    }
+@functools.lru_cache(maxsize=1 << 16)
+def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0911, PLR0912  # a table of kinds
+    """Return the rule of an operator that turns these tensors into that one."""
     match op:
-        case Conv(groups=1) | Linear():
-            return {
-                Dimension.SAMPLE: _SAMPLE,
-                Dimension.OUT_CHANNEL: Effect(Whole.SHARED, channel),
-                Dimension.IN_CHANNEL: Effect(channel, Whole.PARTIAL),
-                Dimension.IN_CHANNEL_SCATTER: Effect(channel, Whole.PARTIAL),
-                Dimension.REPLICATE: _REPLICATE,
-            }
-        case Conv() | BatchNorm() | Pool() | AdaptivePool() | Flatten():
-            return pointwise
-        case Elementwise() | Dropout():
-            return pointwise if len(shape) > 1 else _rowwise()
+        case Conv() | ConvTranspose() | Linear():
+            return _product(op, inputs, output)
+        case Pool():
+            return _windowed(_pointwise(inputs, output), inputs, output, _pool_windows(op, output))
+        case AdaptivePool():
+            return _adaptive(op, inputs, output)
+        case Interpolate():
+            windows = _interpolation_windows(op, inputs[0], output)
+            return _windowed(_pointwise(inputs, output), inputs, output, windows)
+        case PixelShuffle(factor=factor, unshuffle=back):
+            return _windowed(
+                _of_dims(inputs, output, {0: 0}), inputs, output,
+                [ScaleWindow(n, 1, factor) if back else ScaleWindow(n, factor, 1) for n in output.shape[2:]],
+            )  # fmt: skip
+        case BatchNorm() | Elementwise() | Dropout() | Input() | Output():
+            return _pointwise(inputs, output)
+        case GroupNorm():
+            return _pointwise(inputs, output, set(range(2, len(output.shape))))
         case Redistribute():
-            shared = {Dimension.BROADCAST: Effect(Whole.SHARED, Whole.SHARED)}
-            return (pointwise if len(shape) > 1 else _rowwise()) | shared
+            return _redistribute(inputs, output)
         case Concat(dim=dim) | Softmax(dim=dim):
-            return {d: e for d, e in pointwise.items() if e.output != dim}
+            return _pointwise(inputs, output, {dim})
+        case Along(dims=dims):
+            return _pointwise(inputs, output, dims)
+        case Permute(order=order):
+            return _of_dims(inputs, output, dict(enumerate(order)))
+        case Reshape(groups=groups):
+            return _reshape(groups, inputs, output)
+        case Reduce(dims=dims, keepdim=keepdim):
+            rank = len(inputs[0].shape)
+            kept = [d for d in range(rank) if keepdim or d not in dims]
+            return _of_dims(inputs, output, {o: d for o, d in enumerate(kept) if d not in dims})
+        case PerSample():
+            return Rule(_by_sample(inputs, output))
+        case Custom(dimensions=dimensions):
+            plain = _pointwise(inputs, output)
+            named = {d: e for d, e in plain.effects.items() if d in dimensions}
+            return Rule({**_by_sample(inputs, output), **named}, plain.windows)
         case Loss():
-            return {Dimension.SAMPLE: Effect(0, Whole.PARTIAL), Dimension.REPLICATE: _REPLICATE}
-        case Input() | Output():
-            return _rowwise()
+            return Rule(_by_sample(inputs, output, Whole.PARTIAL))
 
 
-def _rowwise() -> dict[Dimension, Effect]:
-    return {Dimension.SAMPLE: _SAMPLE, Dimension.REPLICATE: _REPLICATE}
+def effects(op: Op, inputs: Specs, output: TensorSpec) -> Mapping[Dimension, Effect]:
+    """Return what each legal dimension does to an operator on these tensors."""
+    return rule(op, inputs, output).effects
 
 
-def activation_cuts(op: Op, spec: TensorSpec, unit: int = 1) -> tuple[Cut, ...]:
+def _replicate(inputs: Specs) -> dict[Dimension, Effect]:
+    return {Dimension.REPLICATE: Effect((Whole.EQUAL,) * len(inputs), Whole.EQUAL)}
+
+
+def _by_sample(inputs: Specs, output: TensorSpec, placed: Placement | None = None) -> dict[Dimension, Effect]:
+    """Return the effects of an operator that treats each sample alone; ``placed`` where the output has no samples."""
+    found = _replicate(inputs)
+    target = output.sample_dim if placed is None else placed
+    sources = tuple(Whole.SHARED if s.sample_dim is None else s.sample_dim for s in inputs)
+    if target is not None and any(isinstance(s, int) for s in sources) and not any(_is_mixed(s) for s in inputs):
+        found[Dimension.SAMPLE] = Effect(sources, target)
+    return found
+
+
+def _is_mixed(spec: TensorSpec) -> bool:
+    """Return whether a tensor grows with the batch, but not by whole samples along one dimension."""
+    return spec.sample_rows == 0
+
+
+def _of_dims(inputs: Specs, output: TensorSpec, source: Mapping[int, int]) -> Rule:
+    """Return the rule of an operator whose output dimensions are dimensions of its only input, as they are."""
+    found = _replicate(inputs)
+    for dim, role in enumerate(output.roles):
+        if role is not None and dim in source and _same_rows(role, inputs[0], source[dim], output):
+            found[role] = Effect((source[dim],) * len(inputs), dim)
+    return Rule(found, _cut_alike(found, inputs, output))
+
+
+def _cut_alike(found: Mapping[Dimension, Effect], inputs: Specs, output: TensorSpec) -> dict[tuple[int, int], Cut]:
+    """Return the cuts of input dimensions that are cut as the output's, but were named otherwise by their producer."""
+    wanted = activation_cuts(output)
+    return {
+        (k, own): wanted[effect.output]
+        for role, effect in found.items()
+        if role is not Dimension.SAMPLE and isinstance(effect.output, int)
+        for k, own in enumerate(effect.inputs)
+        if isinstance(own, int) and activation_cuts(inputs[k])[own] != wanted[effect.output]
+    }
+
+
+def _same_rows(role: Dimension, spec: TensorSpec, dim: int, output: TensorSpec) -> bool:
+    if (role is Dimension.SAMPLE) != (spec.roles[dim] is Dimension.SAMPLE):
+        return False
+    return role is not Dimension.SAMPLE or spec.sample_rows == output.sample_rows
+
+
+def _pointwise(inputs: Specs, output: TensorSpec, blocked: Collection[int] = ()) -> Rule:
+    """Return the rule of an operator that treats every index of a dimension alone, but for the blocked ones.
+
+    Inputs are aligned from the last dimension on, as broadcasting does.
+    """
+    found = _replicate(inputs)
+    for dim, role in enumerate(output.roles):
+        if role is None or dim in blocked:
+            continue
+        placements = [_aligned(spec, output, dim, role) for spec in inputs]
+        if any(isinstance(p, int) for p in placements) or not inputs:
+            found[role] = Effect(tuple(p for p in placements if p is not None), dim)
+        if None in placements:
+            found.pop(role, None)
+    return Rule(found, _cut_alike(found, inputs, output))
+
+
+def _aligned(spec: TensorSpec, output: TensorSpec, dim: int, role: Dimension) -> Placement | None:
+    """Return the placement of an input where the output is cut along a dimension; None where that is impossible."""
+    own = dim - len(output.shape) + len(spec.shape)
+    if own < 0:
+        return None if spec.sample_dim is not None and role is Dimension.SAMPLE else Whole.SHARED
+    if role is Dimension.SAMPLE and spec.roles[own] is Dimension.SAMPLE:
+        return own if spec.sample_rows == output.sample_rows else None
+    if spec.shape[own] == 1 and output.shape[dim] > 1:
+        return None if role is Dimension.SAMPLE and spec.sample_dim is not None else Whole.SHARED
+    if role is Dimension.SAMPLE or spec.roles[own] is Dimension.SAMPLE:
+        return None
+    return own if spec.shape[own] == output.shape[dim] else None
+
+
+def _product(op: Conv | ConvTranspose | Linear, inputs: Specs, output: TensorSpec) -> Rule:
+    """Return the rule of a convolution or linear layer: the channels of its input are a reduction."""
+    channel = len(output.shape) - 1 if isinstance(op, Linear) else 1
+    plain = _pointwise(inputs, output, {channel})
+    found = dict(plain.effects)
+    grouped = not isinstance(op, Linear) and op.groups > 1
+    own = channel if not isinstance(op, Linear) else len(inputs[0].shape) - 1
+    computed = isinstance(op, Conv | Linear) and op.computed_weight
+    if grouped and not computed:
+        found[Dimension.OUT_CHANNEL] = Effect((own,), channel)
+    elif not computed:
+        found[Dimension.OUT_CHANNEL] = Effect((Whole.SHARED,), channel)
+        found[Dimension.IN_CHANNEL] = Effect((own,), Whole.PARTIAL)
+        found[Dimension.IN_CHANNEL_SCATTER] = Effect((own,), Whole.PARTIAL)
+    if isinstance(op, Linear):
+        return Rule(found, plain.windows)
+    if isinstance(op, Conv) and op.padding_mode != "zeros":
+        return Rule({d: e for d, e in found.items() if d not in _OWN_SPACE})
+    windows = []
+    for k, size in enumerate(output.shape[2:]):
+        kind = Window if isinstance(op, Conv) else TransposedWindow
+        windows.append(kind(size, op.kernel[k], op.stride[k], op.padding[k], op.dilation[k]))
+    return _windowed(Rule(found), inputs, output, windows)
+
+
+def _windowed(plain: Rule, inputs: Specs, output: TensorSpec, windows: Sequence[AnyWindow | None]) -> Rule:
+    """Return a rule whose output is also cut in space, where each dimension of space looks through its window."""
+    found = {d: e for d, e in plain.effects.items() if d not in _OWN_SPACE}
+    cuts = dict(plain.windows)
+    for dim, window in enumerate(windows, start=2):
+        role = output.roles[dim]
+        if role is not None and role in _OWN_SPACE and window is not None:
+            found[role] = Effect((dim,) * len(inputs), dim)
+            cuts[0, dim] = Cut(window=window)
+    return Rule(found, cuts, plain.output_units)
+
+
+def _pool_windows(op: Pool, output: TensorSpec) -> list[AnyWindow]:
+    shape = zip(output.shape[2:], op.kernel, op.stride, op.padding, op.dilation, strict=True)
+    return [Window(*each) for each in shape]
+
+
+def _adaptive(op: AdaptivePool, inputs: Specs, output: TensorSpec) -> Rule:
+    """Return the rule of an adaptive pool; a mean over all of space is a sum of the pieces' shares."""
+    if len(output.shape) > 2 and any(size > 1 for size in output.shape[2:]):
+        windows = [AdaptiveWindow(n) for n in output.shape[2:]]
+        return _windowed(_of_dims(inputs, output, {0: 0, 1: 1}), inputs, output, windows)
+    found = dict(_of_dims(inputs, output, {0: 0, 1: 1}).effects)
+    if op.function == "avg":
+        for dim, role in enumerate(inputs[0].roles):
+            if role in _OWN_SPACE and inputs[0].shape[dim] > 1:
+                found[role] = Effect((dim,), Whole.PARTIAL)
+    return Rule(found)
+
+
+def _interpolation_windows(op: Interpolate, source: TensorSpec, output: TensorSpec) -> list[AnyWindow | None]:
+    if op.mode in {"cubic", "area"}:
+        return [None] * (len(output.shape) - 2)
+    return [
+        InterpolationWindow(m, interpolation_step(op, k, n, m), op.mode, op.align_corners)
+        for k, (n, m) in enumerate(zip(source.shape[2:], output.shape[2:], strict=True))
+    ]
+
+
+def interpolation_step(op: Interpolate, k: int, in_size: int, out_size: int) -> float:
+    """Return the input positions per output position of dimension k of space, as torch computes it."""
+    if op.align_corners:
+        return (in_size - 1) / (out_size - 1) if out_size > 1 else 0.0
+    return 1.0 / op.scale[k] if op.scale is not None else in_size / out_size
+
+
+def _redistribute(inputs: Specs, output: TensorSpec) -> Rule:
+    shared = {Dimension.BROADCAST: Effect((Whole.SHARED,), Whole.SHARED)}
+    return Rule({**_pointwise(inputs, output).effects, **shared})
+
+
+def _reshape(groups: tuple[tuple[int, int, int, int], ...], inputs: Specs, output: TensorSpec) -> Rule:
+    """Return the rule of a reshape: the outermost dimension of each group can be cut on both sides."""
+    (source,) = inputs
+    found = _replicate(inputs)
+    windows: dict[tuple[int, int], Cut] = {}
+    units: dict[int, int] = {}
+    for first, _, out, _ in groups:
+        role = output.roles[out] if out < len(output.shape) else None
+        if role is None or first >= len(source.shape):
+            continue
+        if role is Dimension.SAMPLE:
+            if source.roles[first] is Dimension.SAMPLE:
+                found[role] = Effect((first,), out)
+            continue
+        n, m = source.shape[first], output.shape[out]
+        if source.roles[first] is Dimension.SAMPLE or (n % m and m % n):
+            continue
+        found[role] = Effect((first,), out)
+        windows[0, first] = Cut(CutRule.CHUNK if role is Dimension.OUT_CHANNEL else CutRule.BALANCED, max(n // m, 1))
+        if m > n:
+            units[out] = m // n
+    return Rule(found, windows, units)
+
+
+def activation_cuts(spec: TensorSpec, units: Mapping[int, int] = MappingProxyType({})) -> tuple[Cut, ...]:
     """Return how the dimensions of an activation are cut: channels by chunk, all else balanced."""
-    channel = channel_dim(op, spec.shape)
-    chunk = CHUNK if unit == 1 else Cut(CutRule.CHUNK, unit)
-    return tuple(chunk if d == channel and d > 0 else BALANCED for d in range(len(spec.shape)))
+    found = []
+    for dim, role in enumerate(spec.roles):
+        if role is Dimension.SAMPLE:
+            found.append(BALANCED if spec.sample_rows == 1 else Cut(unit=spec.sample_rows))
+        elif role is Dimension.OUT_CHANNEL:
+            found.append(CHUNK if dim not in units else Cut(CutRule.CHUNK, units[dim]))
+        else:
+            found.append(BALANCED if dim not in units else Cut(unit=units[dim]))
+    return tuple(found)
+
+
+def _input_cuts(rule_: Rule, position: int, spec: TensorSpec, op: Op, output: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """Return how an operator cuts an input: as the output dimension that it follows, reductions and windows apart."""
+    cuts = list(activation_cuts(spec))
+    for role, effect in rule_.effects.items():
+        dim = effect.inputs[position]
+        if isinstance(dim, int) and isinstance(effect.output, int) and role is not Dimension.SAMPLE:
+            cuts[dim] = Cut(output[effect.output].rule)
+    if isinstance(op, Conv | ConvTranspose | Linear):
+        cuts[channel_dim(op, spec)] = CHUNK
+    for (k, dim), cut in rule_.windows.items():
+        if k == position:
+            cuts[dim] = cut
+    return tuple(cuts)
+
+
+def channel_dim(op: Op, spec: TensorSpec) -> int:
+    """Return the dimension of a tensor that this operator takes for the channels."""
+    if isinstance(op, Linear):
+        return len(spec.shape) - 1
+    if isinstance(op, Conv | ConvTranspose):
+        return 1
+    found = spec.dim_of(Dimension.OUT_CHANNEL)
+    return min(1, len(spec.shape) - 1) if found is None else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,46 +373,47 @@ class LayerLayouts:
     params: tuple[Layout, ...]
 
 
-def _param_placement(parameter: Parameter, dimension: Dimension) -> Placement:
-    match dimension:
-        case Dimension.REPLICATE | Dimension.BROADCAST:
-            return Whole.EQUAL
-        case Dimension.OUT_CHANNEL:
-            return Whole.SHARED if parameter.out_dim is None else parameter.out_dim
-        case Dimension.IN_CHANNEL if parameter.in_dim is None:
-            return Whole.EQUAL
-        case Dimension.IN_CHANNEL_SCATTER if parameter.in_dim is None:
-            return Whole.SHARED if parameter.out_dim is None else parameter.out_dim
-        case Dimension.IN_CHANNEL | Dimension.IN_CHANNEL_SCATTER:
-            assert parameter.in_dim is not None
-            return parameter.in_dim
-        case _:
-            return Whole.SHARED
+def _param_placement(parameter: Parameter, dimension: Dimension, computed: Placement) -> Placement:
+    """Return how a mesh axis holds a parameter.
+
+    Where the axis leaves partial sums, only what is multiplied before they are resolved is cut. All else works
+    behind that: on equal copies, or on the channels of its rank.
+    """
+    if dimension in {Dimension.REPLICATE, Dimension.BROADCAST}:
+        return Whole.EQUAL
+    if computed is Whole.PARTIAL and parameter.in_dim is not None:
+        return parameter.in_dim
+    if computed is Whole.PARTIAL and dimension is not Dimension.IN_CHANNEL_SCATTER:
+        return Whole.EQUAL
+    by_channel = dimension in {Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL_SCATTER}
+    return parameter.out_dim if by_channel and parameter.out_dim is not None and not parameter.whole else Whole.SHARED
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _layouts(
     op: Op, inputs: tuple[TensorSpec, ...], output: TensorSpec, params: tuple[Parameter, ...], mesh: Mesh, split: Split
 ) -> LayerLayouts:  # fmt: skip
-    table = effects(op, output.shape)
-    chosen = [table[d] for d in split.dimensions]
-    unit = inputs[0].numel // (inputs[0].shape[0] * inputs[0].shape[1]) if isinstance(op, Flatten) else 1
-    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), activation_cuts(op, output, unit))
+    found = rule(op, inputs, output)
+    chosen = [found.effects[d] for d in split.dimensions]
+    cuts = list(activation_cuts(output, found.output_units))
+    if isinstance(op, Conv | ConvTranspose | Linear):
+        cuts[channel_dim(op, output)] = CHUNK
+    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), tuple(cuts))
     resolved = tuple(
-        _resolved(dimension, placement, channel_dim(op, output.shape))
+        _resolved(dimension, placement, channel_dim(op, output))
         for dimension, placement in zip(split.dimensions, computed.placements, strict=True)
     )
     return LayerLayouts(
         inputs=tuple(
-            Layout(spec.shape, mesh, tuple(e.inputs for e in chosen), activation_cuts(op, spec))
-            for spec in inputs
+            Layout(spec.shape, mesh, tuple(e.inputs[k] for e in chosen), _input_cuts(found, k, spec, op, cuts))
+            for k, spec in enumerate(inputs)
         ),
         computed=computed,
         output=computed.with_placements(resolved),
         params=tuple(
             Layout(
                 p.spec.shape, mesh,
-                tuple(_param_placement(p, d) for d in split.dimensions),
+                tuple(_param_placement(p, d, e.output) for d, e in zip(split.dimensions, chosen, strict=True)),
                 (CHUNK,) * len(p.spec.shape),
             )
             for p in params
@@ -189,28 +436,30 @@ def layouts(layer: Layer, inputs: tuple[TensorSpec, ...], mesh: Mesh, split: Spl
     return _layouts(layer.op, inputs, layer.output, layer.params, mesh, split)
 
 
-def reduced_axes(split: Split) -> tuple[int, ...]:
-    """Return the mesh axes over which batch norm statistics and losses are sums: samples and space."""
-    return tuple(i for i, d in enumerate(split.dimensions) if d is Dimension.SAMPLE or d in SPATIAL_DIMENSIONS)
+def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
+    """Return the mesh axes over which batch norm statistics are sums: those that cut samples or space."""
+    channel = output.dim_of(Dimension.OUT_CHANNEL)
+    return tuple(i for i, p in enumerate(layout.placements) if isinstance(p, int) and p != channel)
 
 
 def is_legal(layer: Layer, graph: LayerGraph, mesh: Mesh, split: Split) -> bool:
     """Return whether a layer may be split so: known dimensions, no empty piece, whole groups, real samples."""
     inputs = graph.inputs_of(layer)
-    table = effects(layer.op, layer.output.shape)
+    table = effects(layer.op, inputs, layer.output)
     if any(dimension not in table for dimension in split.dimensions):
-        return False
-    if Dimension.SAMPLE in split.dimensions and any(s.shape[:1] != (graph.batch,) for s in inputs):
         return False
     found = layouts(layer, inputs, mesh, split)
     if any(layout.has_empty_piece() for layout in (*found.inputs, found.output, *found.params)):
         return False
-    if isinstance(layer.op, Conv) and layer.op.groups > 1:
-        groups = layer.op.groups
-        return _on_borders(found.output, layer.op.out_channels // groups, groups) and _on_borders(
-            found.inputs[0], layer.op.in_channels // groups, groups
-        )
-    return True
+    match layer.op:
+        case Conv(groups=groups) | ConvTranspose(groups=groups) if groups > 1:
+            return _on_borders(found.output, layer.op.out_channels // groups, groups) and _on_borders(
+                found.inputs[0], layer.op.in_channels // groups, groups
+            )
+        case GroupNorm(groups=groups, channels=channels):
+            return _on_borders(found.output, channels // groups, groups)
+        case _:
+            return True
 
 
 def _on_borders(layout: Layout, unit: int, groups: int) -> bool:
@@ -220,11 +469,9 @@ def _on_borders(layout: Layout, unit: int, groups: int) -> bool:
     return layout.pieces(1) == tuple((a * unit, b * unit) for a, b in expected.pieces(0))
 
 
-def io_split(op: Op, spec: TensorSpec, batch: int, mesh: Mesh, io: InputOutput) -> Split:
+def io_split(spec: TensorSpec, mesh: Mesh, io: InputOutput) -> Split:
     """Return the split that the plan's io pins an input or output of the model to."""
-    has_samples = bool(spec.shape) and spec.shape[0] == batch
-    sample = io is InputOutput.PER_RANK and has_samples
-    assert isinstance(op, Input | Output)
+    sample = io is InputOutput.PER_RANK and spec.sample_dim is not None
     return Split.of(mesh, (Dimension.SAMPLE if sample else Dimension.REPLICATE,) * len(mesh.axes))
 
 
@@ -233,8 +480,9 @@ def legal_splits(
 ) -> tuple[Split, ...]:
     """Return the legal splits of a layer, in a fixed order; ``replicate`` is always allowed."""
     if isinstance(layer.op, Input | Output):
-        return (io_split(layer.op, layer.output, graph.batch, mesh, io),)
+        return (io_split(layer.output, mesh, io),)
     permitted = {*allowed, Dimension.REPLICATE, Dimension.BROADCAST}
-    dims = [d for d in Dimension if d in permitted and d in effects(layer.op, layer.output.shape)]
+    table = effects(layer.op, graph.inputs_of(layer), layer.output)
+    dims = [d for d in Dimension if d in permitted and d in table]
     candidates = (Split.of(mesh, choice) for choice in itertools.product(dims, repeat=len(mesh.axes)))
     return tuple(split for split in candidates if is_legal(layer, graph, mesh, split))

@@ -2,34 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NewType
 
+from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh
 
 LayerId = NewType("LayerId", str)
-
-
-class Dimension(StrEnum):
-    """What a mesh axis can split; counts parts of the output but for the two ``in_channel`` forms."""
-
-    SAMPLE = "sample"
-    HEIGHT = "height"
-    WIDTH = "width"
-    DEPTH = "depth"
-    LENGTH = "length"
-    OUT_CHANNEL = "out_channel"
-    IN_CHANNEL = "in_channel"
-    """Split the reduction; the partial sums are all-reduced inside the layer."""
-    IN_CHANNEL_SCATTER = "in_channel_scatter"
-    """Split the reduction; the partial sums are reduce-scattered into output channels."""
-    REPLICATE = "replicate"
-    BROADCAST = "broadcast"
-    """Of a redistribute layer only: equal copies whose gradients are addends of one sum."""
-
-
-CHANNEL_DIMENSIONS = frozenset({Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
-SPATIAL_DIMENSIONS = frozenset({Dimension.HEIGHT, Dimension.WIDTH, Dimension.DEPTH, Dimension.LENGTH})
 
 
 @dataclass(frozen=True, slots=True)

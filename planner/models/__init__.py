@@ -91,6 +91,9 @@ def entry(name: str) -> ModelEntry:
         UnknownNameError: there is none; says the closest names and the other ways to give a model.
     """
     if name not in ENTRIES:
-        hint = "A model of your own is package.module:callable or path/to/file.py:callable."
+        hint = (
+            "torchvision:NAME and timm:NAME are models of these libraries; "
+            "a model of your own is package.module:callable or path/to/file.py:callable."
+        )
         raise UnknownNameError("model", name, ENTRIES, hint)
     return ENTRIES[name]

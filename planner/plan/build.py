@@ -8,7 +8,7 @@ from importlib import metadata
 
 from planner.cost.simulate import Timeline
 from planner.cost.table import CostTable
-from planner.ir.tensor import DType
+from planner.ir.ops import describe
 from planner.plan.schema import (
     AxisPart,
     BaselinePart,
@@ -55,7 +55,7 @@ class Request:
 
     source: str
     arguments: Mapping[str, str | int | float | bool]
-    inputs: Sequence[tuple[str, tuple[int, ...], str]]
+    inputs: Sequence[InputTensor]
     memory_limit_bytes: int
     command: str
 
@@ -68,7 +68,7 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
     costs = [layer[c] for layer, c in zip(table.layers, found.choice, strict=True)]
     layers = [
         LayerPart(
-            id=layer.id, op=layer.op.kind, split=dict(strategy[layer.id].axes),
+            id=layer.id, op=describe(layer.op), split=dict(strategy[layer.id].axes),
             cost=CostPart(
                 compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=0.0, sync_s=t.sync_s, exposed_s=t.exposed_s
             ),
@@ -80,7 +80,7 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
         model=ModelPart(
             name=graph.name, source=request.source, arguments=dict(request.arguments),
             graph_sha256=graph.digest, num_params=graph.num_params,
-            inputs=[InputTensor(name=n, shape=list(shape), dtype=DType(dtype)) for n, shape, dtype in request.inputs],
+            inputs=list(request.inputs),
         ),
         batch=graph.batch,
         precision=model.settings.precision,  # type: ignore[arg-type]  # checked by pydantic

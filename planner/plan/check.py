@@ -99,9 +99,7 @@ def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
     for layer in graph.layers:
         split = strategy[layer.id]
         legal = (
-            split == io_split(layer.op, layer.output, graph.batch, mesh, io)
-            if is_boundary(layer.op)
-            else is_legal(layer, graph, mesh, split)
+            split == io_split(layer.output, mesh, io) if is_boundary(layer.op) else is_legal(layer, graph, mesh, split)
         )
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind

@@ -18,9 +18,10 @@ from planner.ir.canonical import (
     sha256_of,
     write_atomically,
 )
+from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.rules import InputOutput
-from planner.ir.split import Dimension, LayerId, Split
+from planner.ir.split import LayerId, Split
 from planner.ir.tensor import DType
 
 SCHEMA_VERSION: Final = 1
@@ -35,11 +36,12 @@ Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class InputTensor(StrictModel):
-    """A model input; the first size is the global batch."""
+    """A model input; the first size is the global batch. ``keyword``: it is passed by name."""
 
     name: Name
     shape: Annotated[list[Count], Field(min_length=1, max_length=8)]
     dtype: DType
+    keyword: bool = False
 
 
 class ModelPart(StrictModel):

@@ -1,11 +1,11 @@
 """One layer on one device: what is timed, looked up or estimated."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from planner.ir.canonical import canonical_bytes
 from planner.ir.count import Shape, Work, work
 from planner.ir.graph import Layer
-from planner.ir.ops import Conv, Op
+from planner.ir.ops import Conv, ConvTranspose, GroupNorm, Op
 from planner.ir.tensor import DType
 
 
@@ -31,18 +31,17 @@ class LocalLayer:
     def op(self) -> Op:
         """The operator, with its groups as this device sees them."""
         op = self.layer.op
-        if isinstance(op, Conv):
-            groups = max(op.groups * self.output[1] // op.out_channels, 1) if op.groups > 1 else 1
-            return Conv(
-                self.inputs[0][1],
-                self.output[1],
-                op.kernel,
-                op.stride,
-                op.padding,
-                op.dilation,
-                groups,
-            )
-        return op
+        match op:
+            case Conv():
+                groups = max(op.groups * self.output[1] // op.out_channels, 1) if op.groups > 1 else 1
+                return replace(op, in_channels=self.inputs[0][1], out_channels=self.output[1], groups=groups)
+            case ConvTranspose():
+                groups = max(op.groups * self.output[1] // op.out_channels, 1) if op.groups > 1 else 1
+                return replace(op, in_channels=self.inputs[0][1], out_channels=self.output[1], groups=groups)
+            case GroupNorm():
+                return replace(op, groups=op.groups * self.output[1] // op.channels, channels=self.output[1])
+            case _:
+                return op
 
     @property
     def key(self) -> str:

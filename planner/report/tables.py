@@ -124,7 +124,7 @@ def summary(plan: Plan) -> Table:
     norm = "" if plan.sync_batch_norm else ", batch norm of each rank's own samples"
     rows = {
         "model": f"{plan.model.name}, {format_count(plan.model.num_params)} parameters",
-        "machine": f"{plan.cluster.name}, {_counted(plan.cluster.num_devices, 'device')}",
+        "machine": f"{plan.cluster.name}, {counted(plan.cluster.num_devices, 'device')}",
         "mesh": axes,
         "batch": f"{plan.batch}, {samples}",
         "numbers": f"{plan.precision}, {plan.optimizer}{norm}",
@@ -215,7 +215,8 @@ def _ratio(reference_s: float | None, step_s: float) -> float | None:
     return None if reference_s is None else reference_s / step_s
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Return a number of things as text."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -6,9 +6,10 @@ from typing import Final
 
 from planner.cost.table import CostTable
 from planner.errors import InfeasibleError, UnknownNameError
+from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, is_boundary
 from planner.ir.ops import Linear, Redistribute
-from planner.ir.split import Dimension, Split
+from planner.ir.split import Split
 from planner.search.elimination import solve_dp
 from planner.search.formulate import Formulation
 from planner.search.problem import Choice
@@ -56,6 +57,7 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
     if name not in FIXED:
         raise UnknownNameError("strategy", name, FIXED)
     pins: dict[int, list[int]] = {}
+    tied: dict[int, Split] = {}  # layers that share a parameter follow the first of them
     replaced = 0
     behind = False
     for i, layer in enumerate(table.space.graph.layers):
@@ -64,7 +66,9 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
             continue
         wanted = FIXED[name](layer, behind)
         behind = behind or isinstance(layer.op, Linear)
-        found = _closest(wanted, splits)
+        variable = formulation.variable_of[i]
+        common = tuple(splits[o] for o in formulation.options[i])
+        found = tied.setdefault(variable, _closest(wanted, common))
         replaced += any(d is not wanted for d in found.dimensions)
         pins[i] = [splits.index(found)]
     if replaced == len(pins) and table.space.mesh.axes:

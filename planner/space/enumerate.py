@@ -5,11 +5,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from planner.errors import InfeasibleError
+from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Output, Redistribute
 from planner.ir.rules import InputOutput, layouts, legal_splits
-from planner.ir.split import Dimension, LayerId, Split
+from planner.ir.split import LayerId, Split
 
 DEFAULT_DIMENSIONS = frozenset(
     {Dimension.SAMPLE, Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER}

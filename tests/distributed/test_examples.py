@@ -1,5 +1,6 @@
 """The examples, run by the very commands that their texts give."""
 
+import csv
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.frontend import zoo
 from planner.plan import Plan
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -19,6 +21,7 @@ SCRIPTS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "python": [sys.executable],
 }
+COVERAGE = ["python", "-m", "examples.benchmarks.coverage"]
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -69,3 +72,27 @@ def test_a_plan_made_in_python_says_what_the_saved_file_says(folder: Path) -> No
     assert plan.model.source == "alexnet"
     for name in (*(baseline.name for baseline in plan.baselines), *plan.strategy):
         assert f"\n  {name} " in printed
+
+
+@pytest.mark.zoo
+def test_coverage_chooses_every_model_of_torchvision_and_every_family_of_timm(folder: Path) -> None:
+    listed = [line.split() for line in run([*COVERAGE, "--list"], folder).splitlines()]
+    (torchvision, timm) = ([row for row in listed if row[0].startswith(name)] for name in ("torchvision:", "timm:"))
+    assert [row[0] for row in torchvision] == sorted(f"torchvision:{name}" for name in zoo.families("torchvision"))
+    assert {family for _, family, _ in timm} == set(zoo.families("timm").values())
+    assert len(timm) >= 250
+    assert {kind for *_, kind in timm} == {"cnn", "hybrid", "transformer"}
+
+
+@pytest.mark.zoo
+def test_coverage_has_a_row_for_a_model_that_works_and_for_one_that_ran_out_of_memory(folder: Path) -> None:
+    works = [*COVERAGE, "--only", "torchvision:squeezenet1_1", "--gradients", "-o", "rows.csv"]
+    assert "100.0%" in run(works, folder)
+    (row,) = csv.DictReader((folder / "rows.csv").read_text().splitlines())
+    assert (row["family"], row["kind"], row["result"], row["reason"]) == ("squeezenet", "classification", "ok", "")
+    assert int(row["layers"]) > 26  # convolutions
+    assert all(float(row[name]) > 0 for name in ("trace_s", "count_s", "plan_s", "peak_mib", "forward_flop"))
+    run([*COVERAGE, "--only", "torchvision:regnet_y_32gf", "--memory", "100MiB", "-o", "rows.csv"], folder)
+    (row,) = csv.DictReader((folder / "rows.csv").read_text().splitlines())
+    assert row["result"] == "build"
+    assert "can't allocate memory" in row["reason"]

@@ -32,6 +32,9 @@ class Shaped(nn.Linear):
         super().__init__(4, 4)
         self.input_shape = [4]
 
+class TwoInputs(nn.Identity):
+    input_shapes = [(4,), (5, 6)]
+
 class OtherMeaning(nn.Identity):
     input_shape = "NCHW"
 
@@ -65,7 +68,7 @@ def device(loaded: LoadedModel) -> str:
 
 def test_a_registered_name_takes_no_memory() -> None:
     loaded = load_model("vgg16")
-    assert (loaded.name, loaded.source, loaded.input_shape) == ("vgg16", "vgg16", (3, 224, 224))
+    assert (loaded.name, loaded.source, loaded.input_shapes) == ("vgg16", "vgg16", ((3, 224, 224),))
     assert device(loaded) == "meta"
 
 
@@ -79,13 +82,13 @@ def test_a_callable_of_an_installed_module() -> None:
     loaded = load_model("torch.nn:Linear", {"in_features": 5, "out_features": 2})
     assert isinstance(loaded.module, nn.Linear)
     assert device(loaded) == "meta"
-    assert (loaded.name, loaded.source, loaded.input_shape) == ("Linear", "torch.nn:Linear", None)
+    assert (loaded.name, loaded.source, loaded.input_shapes) == ("Linear", "torch.nn:Linear", ())
 
 
 def test_a_module_in_the_current_folder(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nets.rename(nets.with_name("only_in_this_folder.py"))
     try:
-        assert load_model("only_in_this_folder:net").input_shape == (3,)
+        assert load_model("only_in_this_folder:net").input_shapes == ((3,),)
     finally:
         monkeypatch.delitem(sys.modules, "only_in_this_folder")
 
@@ -96,14 +99,15 @@ def test_a_callable_of_a_file_with_siblings(nets: Path, monkeypatch: pytest.Monk
     loaded = load_model(f"{nets}:net", {"features": 6})
     assert isinstance(loaded.module, nn.Linear)
     assert loaded.module.in_features == 6
-    assert (loaded.name, loaded.source, loaded.input_shape) == ("net", f"{nets}:net", (3,))
+    assert (loaded.name, loaded.source, loaded.input_shapes) == ("net", f"{nets}:net", ((3,),))
     assert sys.path == path_before
     assert "nets" not in sys.modules
 
 
 def test_the_module_may_carry_the_input_shape(nets: Path) -> None:
-    assert load_model(f"{nets}:Shaped").input_shape == (4,)
-    assert load_model(f"{nets}:OtherMeaning").input_shape is None
+    assert load_model(f"{nets}:Shaped").input_shapes == ((4,),)
+    assert load_model(f"{nets}:TwoInputs").input_shapes == ((4,), (5, 6))
+    assert load_model(f"{nets}:OtherMeaning").input_shapes == ()
 
 
 @pytest.mark.usefixtures("nets")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from planner.errors import FormatError, MismatchError, UsageError
-from planner.ir.split import Dimension, LayerId
+from planner.ir.dimension import Dimension
+from planner.ir.split import LayerId
 from planner.plan import Plan
 from planner.plan.check import refuse_other_machine
 from planner.plan.schema import json_schema, require_single_rank_count

@@ -8,7 +8,8 @@ from torch import nn
 
 from planner.api import Options, Origin, machine_of, prepare
 from planner.frontend.lower import TracedModel
-from planner.ir.split import Dimension, LayerId
+from planner.ir.dimension import Dimension
+from planner.ir.split import LayerId
 from planner.plan import Plan
 from runtime.communicator import Axes, ThreadCommunicator
 from runtime.parallel import ParallelModule

@@ -12,7 +12,7 @@ from torch.nn import functional
 from planner.api import Options, Origin, Planner, machine_of, plan_model, prepare
 from planner.errors import FormatError, MismatchError
 from planner.frontend.lower import TracedModel
-from planner.ir.split import Dimension
+from planner.ir.dimension import Dimension
 from planner.plan import Plan
 from runtime.parallel import ParallelModule, trace_for
 from support.equality import own_parts, run_ranks

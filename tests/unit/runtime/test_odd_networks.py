@@ -1,0 +1,99 @@
+"""Networks as people write them, split at random over ranks of this process, against one device in float64."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from planner.api import Options, Origin, Planner, machine_of, prepare
+from planner.frontend.lower import TracedModel
+from planner.plan import Plan
+from runtime.parallel import ParallelModule
+from support.equality import own_parts, run_ranks
+from support.networks import NETWORKS
+
+BATCH = 4
+SEEDS = range(12 if os.environ.get("LAYERWISE_FULL") else 2)
+RANDOM = {"stochastic depth", "drop block", "style"}
+"""Networks that draw numbers in training: on ranks other ones than on one device."""
+
+
+SINGLE = {"same padding", "super resolution", "complex weights", "recurrent", "linear algebra"}
+"""Networks that make tensors of single precision, whatever their input."""
+
+
+def scalar(output: Any) -> torch.Tensor:
+    """Return a mean over samples, so that ranks with equal shares average to the whole."""
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return sum((scalar(o) for o in output if o is not None), torch.zeros(()))
+    if not output.is_floating_point():
+        return torch.zeros(())
+    weights = torch.linspace(-1, 1, max(output[0].numel(), 1), dtype=output.dtype).view(output.shape[1:])
+    return (output * weights).mean()
+
+
+def random_plan(planner: Planner, seed: int) -> Plan:
+    """Return a plan with random options of the problem's variables."""
+    search = planner.search(planner.meshes()[seed % len(planner.meshes())])
+    generator = torch.Generator().manual_seed(seed)
+    options = [int(torch.randint(len(c), (), generator=generator)) for c in search.formulation.problem.node_s]
+    return planner.plan_of(search, search.forced(search.formulation.layer_choice(tuple(options))))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in RANDOM])
+def test_odd_networks_equal_one_device_under_random_plans(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = NETWORKS[name]
+    monkeypatch.setattr(functional, "dropout", lambda x, *_, **__: x)  # masks of ranks are not those of one device
+    dtype, rtol = (torch.float32, 1e-4) if name in SINGLE else (torch.float64, 1e-9)
+    given, named = network.example(BATCH)
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in given)
+    keywords = {k: x.to(dtype) if x.is_floating_point() else x for k, x in named.items()}
+
+    def build() -> nn.Module:
+        model = network.module(training=True)
+        model = model if name in SINGLE else model.double()
+        for part in model.modules():
+            if isinstance(part, nn.Dropout | nn.Dropout2d):
+                part.p = 0.0
+            elif isinstance(part, nn.MultiheadAttention):
+                part.dropout = 0.0
+        return model
+
+    model = build()
+    scalar(model(*(x.clone() for x in inputs), **keywords)).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    buffers = dict(model.named_buffers())
+    machine = machine_of(devices=(2, 4)[seed % 2])
+    plan = random_plan(prepare(build(), inputs, machine, Options(), Origin(), keywords), seed)
+    size = plan.mesh.size
+
+    def work(net: ParallelModule, traced: TracedModel, position: int) -> None:
+        part = slice(position * BATCH // size, (position + 1) * BATCH // size)
+        scalar(net(*(x[part].clone() for x in inputs), **{k: x[part] for k, x in keywords.items()})).backward()
+        parts = own_parts(plan, traced, position)
+        names = {n for n, p in net.named_parameters() if p.grad is not None}
+        assert names == set(expected), names ^ set(expected)
+        for key, parameter in net.named_parameters():
+            if key in expected:
+                scale = float(expected[key].abs().max())
+                torch.testing.assert_close(
+                    parameter.grad, expected[key][parts[key]], rtol=rtol, atol=rtol * scale + (1e-6 if name in SINGLE else 1e-14),
+                    msg=lambda text, key=key: f"{key}: {text}",
+                )  # fmt: skip
+        for key, buffer in net.named_buffers():
+            whole = buffers[key]
+            torch.testing.assert_close(
+                buffer, whole[parts[key]] if key in parts else whole, rtol=rtol, atol=rtol,
+                msg=lambda text, key=key: f"{key}: {text}",
+            )  # fmt: skip
+
+    run_ranks(build, plan, work)
