@@ -1,7 +1,12 @@
-"""Every process group, created in one order on every rank. The only file that creates groups."""
+"""Every process group, created in one order on every rank. The only file that creates groups.
+
+Groups of the same ranks for the same purpose are shared by all parallel modules of a process: a
+group holds sockets and threads for as long as the job lives, and a job may make many modules.
+"""
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import ClassVar
 
 import torch.distributed as dist
 
@@ -28,9 +33,9 @@ class ProcessGroups:
         timeout = timedelta(seconds=timeout_s)
         everyone = tuple(range(len(mesh.axes)))
         wanted = sorted({tuple(sorted(a)) for a in axes} | ({everyone} if everyone else set()))
-        self._blocking = {a: _create(mesh, a, timeout) for a in wanted}
-        self._overlapped = {a: _create(mesh, a, timeout) for a in wanted}
-        self._host = _create(mesh, everyone, timeout, backend="gloo") if everyone else None
+        self._blocking = {a: _shared(mesh, a, timeout, "blocking") for a in wanted}
+        self._overlapped = {a: _shared(mesh, a, timeout, "overlapped") for a in wanted}
+        self._host = _shared(mesh, everyone, timeout, "host") if everyone else None
 
     def blocking(self, axes: Axes) -> dist.ProcessGroup:
         """Return the group for collectives that the caller waits for."""
@@ -46,8 +51,26 @@ class ProcessGroups:
         return self._host
 
 
-def _create(mesh: Mesh, axes: Axes, timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
-    enumeration = [[mesh.ranks[p] for p in group] for group in mesh.groups(axes)]
-    group: dist.ProcessGroup
-    group, _ = dist.new_subgroups_by_enumeration(enumeration, timeout=timeout, backend=backend)
-    return group
+_Key = tuple[tuple[tuple[int, ...], ...], timedelta, str]
+
+
+class _Job:
+    """The groups of the job that this process is in."""
+
+    world: dist.ProcessGroup | None = None
+    groups: ClassVar[dict[_Key, dist.ProcessGroup]] = {}
+
+
+def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str) -> dist.ProcessGroup:
+    """Return the group of this rank along some axes, made at the first call; every rank makes the same calls."""
+    enumeration = tuple(tuple(mesh.ranks[p] for p in group) for group in mesh.groups(axes))
+    world = dist.distributed_c10d._get_default_group()
+    if _Job.world is not world:  # this process has left the job that the groups belong to
+        _Job.world = world
+        _Job.groups.clear()
+    key = (enumeration, timeout, purpose)
+    if key not in _Job.groups:
+        backend = "gloo" if purpose == "host" else None
+        listed = [list(group) for group in enumeration]
+        _Job.groups[key], _ = dist.new_subgroups_by_enumeration(listed, timeout=timeout, backend=backend)
+    return _Job.groups[key]

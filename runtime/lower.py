@@ -11,41 +11,29 @@ from torch import fx, nn
 
 from planner.errors import UsageError
 from planner.frontend.batch import sample_size
-from planner.frontend.lower import TracedModel, is_structure, parameter_names
-from planner.frontend.recognize import RANDOM, Call, function_name, is_in_place, operands, plain_name, tensor_inputs
-from planner.frontend.trace import attribute, write_items
+from planner.frontend.calls import RANDOM, Call, function_name, is_in_place, plain_name, tensor_inputs
+from planner.frontend.drafts import is_structure
+from planner.frontend.lower import TracedModel
+from planner.frontend.proxy import write_items
+from planner.frontend.recognize import operands
+from planner.frontend.trace import attribute
 from planner.ir import ops as ir
 from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout, Whole
+from planner.ir.layout import Whole
 from planner.ir.rules import InputOutput, LayerLayouts, layouts, reduced_axes
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.ir.transfer import steps
 from planner.plan.schema import Plan
-from runtime.communicator import Axes, group_size
+from runtime.chance import Dropout, Seeded, shard_key
+from runtime.communicator import Axes
 from runtime.exchange import Conversion
-from runtime.ops import (
-    BatchNorm,
-    BatchSize,
-    Bias,
-    CountBatches,
-    Dropout,
-    LocalLoss,
-    Normalise,
-    OfArguments,
-    Product,
-    ProductCall,
-    Redistribution,
-    Seeded,
-    StepState,
-    WithScaledGradients,
-    reshape_piece,
-    scaled,
-    shard_key,
-    written_items,
-)
-from runtime.params import local_parameter, local_piece
+from runtime.norms import BatchNorm, CountBatches, Normalise
+from runtime.ops import LocalLoss, Redistribution, WithScaledGradients, reshape_piece, written_items
+from runtime.params import LocalParameters
+from runtime.products import Bias, OfArguments, Product, ProductCall, scaled
+from runtime.state import BatchSize, StepState
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -112,28 +100,26 @@ class Lowering:
 
     def __init__(self, traced: TracedModel, model: nn.Module, plan: Plan, state: StepState) -> None:
         self._traced, self._model, self._plan, self._state = traced, model, plan, state
-        self._names = parameter_names(model)
         self._graph = traced.graph
         self._nodes = {node.name: node for node in self._graph.nodes}
         self._in_layers = {name for names in traced.nodes.values() for name in names}
         self._mesh, self._strategy = plan.mesh, plan.strategy
         self._modules: dict[str, nn.Module] = {}
         self._attributes: dict[str, torch.Tensor] = {}
-        self._synchronised: dict[int, tuple[str, nn.Parameter, Axes]] = {}
         self._layouts = {
             layer.id: layouts(layer, traced.layers.inputs_of(layer), self._mesh, self._strategy[layer.id])
             for layer in traced.layers.layers
         }
-        self._pieces: dict[int, nn.Parameter] = {}  # by the whole parameter: tied layers share one piece
-        self._replicas: dict[int, int] = {}
         self._values: dict[LayerId, fx.Node] = {}
         self._origins: dict[LayerId, LayerId] = {}
-        self._factors: dict[str, float] = {}
+        self._params = LocalParameters(
+            model, traced.layers.layers, self._layouts, self._mesh, state.communicator.position
+        )  # fmt: skip
 
     def run(self) -> Lowered:
         """Rewrite the graph layer by layer."""
         refuse_space(self._plan)
-        self._state.gradient_scale = self._best_gradient_scale()
+        self._state.gradient_scale = self._params.gradient_scale
         outputs: list[fx.Node] = []
         for layer in self._traced.layers.layers:
             match layer.op:
@@ -148,9 +134,9 @@ class Lowering:
         self._bind_attributes()
         self._bind_global_sizes()
         self._graph.lint()
-        ready = list(reversed(self._synchronised.values()))
+        ready = list(reversed(self._params.synchronised.values()))
         return Lowered(
-            self._graph, {**self._modules, **self._attributes}, self._transient(), ready, self._replicas
+            self._graph, {**self._modules, **self._attributes}, self._transient(), ready, self._params.replicas
         )  # fmt: skip
 
     # ---- layers
@@ -161,7 +147,7 @@ class Lowering:
         if not isinstance(layer.op, ir.Input):
             self._connect(layer, [main, *absorbed])
             for parameter in layer.params:
-                self._local(layer, attribute(self._model, parameter.name))
+                self._params.local(layer, attribute(self._model, parameter.name))
             main = self._operator(layer, main, layer.op, is_main=True)
         last = main
         for part, node in zip(layer.absorbed, absorbed, strict=True):
@@ -258,7 +244,8 @@ class Lowering:
             case _:
                 fresh = not is_main and _makes_new_memory(tensor_inputs(node)[0], self._modules)
                 fresh = fresh or (isinstance(layer.op, ir.PerSample) and not is_main)
-                self._slice_constants(layer, node)
+                if isinstance(op, ir.Elementwise):
+                    self._slice_constants(layer, node)
                 self._as_it_is(layer, node, original, keeps_in_place=fresh)
         return node
 
@@ -457,15 +444,15 @@ class Lowering:
         groups = getattr(op, "groups", 1)
         if groups == 1:
             return 1
-        piece, _ = self._local(layer, weight)
+        piece, _ = self._params.local(layer, weight)
         return int(groups * piece.shape[0] // weight.shape[0])
 
     def _product_module(self, layer: Layer, op: Any, original: nn.Module, adds_bias: bool) -> nn.Module:
         whole = getattr(original, "weight")  # noqa: B009  # a product has one
-        weight, factor = self._local(layer, whole)
+        weight, factor = self._params.local(layer, whole)
         bias, bias_factor = None, 1.0
         if original.bias is not None:
-            bias, bias_factor = self._local(layer, original.bias)  # type: ignore[arg-type]  # a tensor
+            bias, bias_factor = self._params.local(layer, original.bias)  # type: ignore[arg-type]  # a tensor
         if adds_bias and weight is whole and factor == bias_factor == 1.0:
             return original
         assert isinstance(weight, nn.Parameter)
@@ -476,7 +463,7 @@ class Lowering:
         """Return a function that returns a local parameter whose gradient has this rank's factor."""
 
         def read() -> torch.Tensor:
-            found: torch.Tensor = scaled(self._attributes[name], self._factors.get(name, 1.0))
+            found: torch.Tensor = scaled(self._attributes[name], self._params.factors.get(name, 1.0))
             return found
 
         return read
@@ -495,7 +482,7 @@ class Lowering:
         tensors: dict[str, torch.Tensor] = {}
         factor, cut = 1.0, False
         for own, tensor in [*original.named_parameters(recurse=False), *original.named_buffers(recurse=False)]:
-            tensors[own], this = self._local(layer, tensor)
+            tensors[own], this = self._params.local(layer, tensor)
             factor = this if isinstance(tensor, nn.Parameter) else factor
             cut = cut or tensors[own].shape != tensor.shape
         plain = not axes and factor == 1.0 and not cut
@@ -503,7 +490,7 @@ class Lowering:
 
     def _whole_module(self, layer: Layer, original: nn.Module) -> nn.Module:
         """Return a module whose parameters every rank holds whole."""
-        factors = {name: self._local(layer, p)[1] for name, p in original.named_parameters()}
+        factors = {name: self._params.local(layer, p)[1] for name, p in original.named_parameters()}
         if all(f == 1.0 for f in factors.values()):
             return original
         clone = copy.copy(original)
@@ -517,7 +504,7 @@ class Lowering:
             return
         pieces, factors = {}, {}
         for own, tensor in [*original.named_parameters(), *original.named_buffers()]:
-            pieces[own], factors[own] = self._local(layer, tensor)
+            pieces[own], factors[own] = self._params.local(layer, tensor)
         clone = copy.deepcopy(original, {id(t): pieces[own] for own, t in original.named_parameters()})
         for own, piece in pieces.items():
             path, _, leaf = own.rpartition(".")
@@ -528,39 +515,7 @@ class Lowering:
             clone.forward = WithScaledGradients(inner, factors, pieces)
         self._add(name, clone)
 
-    # ---- parameters
-
-    def _best_gradient_scale(self) -> float:
-        """Return the factor on all gradients that spares most parameters a multiplication of their own.
-
-        The gradient of a parameter that g ranks hold has to arrive g times too large (see
-        ``Reducer``). With gradients g times too large from the loss on, nothing is left to do for
-        it, and every other parameter pays one pass over its gradient.
-        """
-        num_bytes: dict[float, int] = {1.0: 0}
-        for layer in self._traced.layers.layers:
-            for parameter, layout in zip(layer.params, self._layouts[layer.id].params, strict=True):
-                if parameter.trainable:
-                    g = float(group_size(self._mesh, layout.axes_with(Whole.SHARED)))
-                    num_bytes[g] = num_bytes.get(g, 0) + layout.region(0).volume
-        return max(sorted(num_bytes), key=num_bytes.__getitem__)
-
-    def _local(self, layer: Layer, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return the local piece of a parameter or buffer and the factor for its gradient."""
-        name = self._names[id(tensor)]
-        index = next(i for i, p in enumerate(layer.params) if p.name == name)
-        layout: Layout = self._layouts[layer.id].params[index]
-        position = self._state.communicator.position
-        if not isinstance(tensor, nn.Parameter):
-            return local_piece(tensor, layout, position), 1.0
-        axes = layout.axes_with(Whole.SHARED)
-        piece = self._pieces.setdefault(id(tensor), local_parameter(tensor, layout, position))
-        self._replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
-        if axes and tensor.requires_grad:
-            self._synchronised[id(piece)] = (name, piece, axes)
-        factor = group_size(self._mesh, axes) / self._state.gradient_scale
-        self._factors[name] = factor
-        return piece, factor
+    # ---- what the graph reads itself
 
     def _bind_attributes(self) -> None:
         """Give the graph the local pieces of the parameters and buffers that it reads itself."""
@@ -568,11 +523,11 @@ class Lowering:
         for node in list(self._graph.find_nodes(op="get_attr")):
             path = str(node.target)
             tensor = attribute(self._model, path)
-            name = self._names.get(id(tensor))
+            name = self._params.name_of(tensor)
             if name is None or name not in layers:
                 self._attributes[path] = tensor
             else:
-                piece, factor = self._local(layers[name], tensor)
+                piece, factor = self._params.local(layers[name], tensor)
                 self._attributes[path] = piece
                 if factor != 1.0 and isinstance(piece, nn.Parameter) and piece.requires_grad:
                     with self._graph.inserting_after(node):

@@ -20,9 +20,9 @@ from runtime.communicator import Communicator, TorchCommunicator
 from runtime.exchange import Batch
 from runtime.groups import ProcessGroups
 from runtime.lower import Lowering, communication_axes
-from runtime.ops import StepState
 from runtime.params import broadcast_state
 from runtime.reducer import Reducer
+from runtime.state import StepState
 
 CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``."""

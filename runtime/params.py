@@ -1,10 +1,17 @@
 """Parameters and buffers, cut as the plan says."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
-from planner.ir.layout import Layout
-from runtime.communicator import Communicator
+from planner.frontend.parameters import parameter_names
+from planner.ir.graph import Layer
+from planner.ir.layout import Layout, Whole
+from planner.ir.mesh import Mesh
+from planner.ir.rules import LayerLayouts
+from planner.ir.split import LayerId
+from runtime.communicator import Axes, Communicator, group_size
 
 
 def local_piece(tensor: torch.Tensor, layout: Layout, position: int) -> torch.Tensor:
@@ -34,3 +41,65 @@ def broadcast_state(module: nn.Module, communicator: Communicator) -> None:
                 dense = tensor.detach().contiguous()
                 communicator.broadcast(dense)
                 tensor.copy_(dense)
+
+
+class LocalParameters:
+    """One rank's pieces of a model's parameters, and what is to be done with their gradients.
+
+    Attributes:
+        gradient_scale: by which every gradient inside the network is larger than that of the mean loss.
+        synchronised: by identity of a local parameter: name, parameter and the axes to reduce over.
+        replicas: by identity of a local parameter, how many ranks hold the same piece.
+        factors: by name, by which a parameter's gradient is multiplied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        layouts: Mapping[LayerId, LayerLayouts],
+        mesh: Mesh,
+        position: int,
+    ) -> None:
+        self._names = parameter_names(model)
+        self._layers, self._layouts, self._mesh, self._position = layers, layouts, mesh, position
+        self._pieces: dict[int, nn.Parameter] = {}  # by the whole parameter: tied layers share one piece
+        self.synchronised: dict[int, tuple[str, nn.Parameter, Axes]] = {}
+        self.replicas: dict[int, int] = {}
+        self.factors: dict[str, float] = {}
+        self.gradient_scale = self.best_gradient_scale()
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """Return the name of a parameter or buffer of the model."""
+        return self._names.get(id(tensor))
+
+    def best_gradient_scale(self) -> float:
+        """Return the factor on all gradients that spares most parameters a multiplication of their own.
+
+        The gradient of a parameter that g ranks hold has to arrive g times too large (see
+        ``Reducer``). With gradients g times too large from the loss on, nothing is left to do for
+        it, and every other parameter pays one pass over its gradient.
+        """
+        num_bytes: dict[float, int] = {1.0: 0}
+        for layer in self._layers:
+            for parameter, layout in zip(layer.params, self._layouts[layer.id].params, strict=True):
+                if parameter.trainable:
+                    g = float(group_size(self._mesh, layout.axes_with(Whole.SHARED)))
+                    num_bytes[g] = num_bytes.get(g, 0) + layout.region(0).volume
+        return max(sorted(num_bytes), key=num_bytes.__getitem__)
+
+    def local(self, layer: Layer, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the local piece of a parameter or buffer and the factor for its gradient."""
+        name = self._names[id(tensor)]
+        index = next(i for i, p in enumerate(layer.params) if p.name == name)
+        layout: Layout = self._layouts[layer.id].params[index]
+        if not isinstance(tensor, nn.Parameter):
+            return local_piece(tensor, layout, self._position), 1.0
+        axes = layout.axes_with(Whole.SHARED)
+        piece = self._pieces.setdefault(id(tensor), local_parameter(tensor, layout, self._position))
+        self.replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
+        if axes and tensor.requires_grad:
+            self.synchronised[id(piece)] = (name, piece, axes)
+        factor = group_size(self._mesh, axes) / self.gradient_scale
+        self.factors[name] = factor
+        return piece, factor

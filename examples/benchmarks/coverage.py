@@ -5,7 +5,7 @@
 tries a handful; without ``--sample`` every model of torchvision and some of every family of timm
 (``coverage_models.py``), each in a process of its own (``coverage_trial.py``). Writes a line for each
 to a CSV file and prints a summary. Needs ``pip install 'layerwise[zoo]'`` and Linux; no weights are
-downloaded, and unless ``--gradients`` is given none are made but where a library needs it.
+downloaded, and unless ``--numbers`` is given none are made but where a library needs it.
 """
 
 import csv
@@ -44,8 +44,8 @@ def main(
         bool, typer.Option("--all-meshes", help="Search every mesh, as `layerwise plan` does; takes much longer.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
-    gradients: Annotated[
-        bool, typer.Option("--gradients", help="Also run small inputs on the CPU: outputs, gradients.")
+    numbers: Annotated[
+        bool, typer.Option("--numbers", help="Also run small inputs on the CPU and compare outputs.")
     ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For one model.")] = 300.0,
     memory: Annotated[str, typer.Option(metavar="BYTES", help="For one model, on top of the imports.")] = "8GiB",
@@ -57,7 +57,7 @@ def main(
     try:
         cases = _cases(only, sample, limit)
         settings = Settings(
-            devices, "" if solver == "none" else solver, None if all_meshes else f"gpu={devices}", batch, gradients,
+            devices, "" if solver == "none" else solver, None if all_meshes else f"gpu={devices}", batch, numbers,
             timeout, parse_bytes(memory),
         )  # fmt: skip
     except LayerwiseError as error:

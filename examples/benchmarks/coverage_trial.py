@@ -42,7 +42,7 @@ class Settings:
         solver: a name of ``planner.search.auto.SOLVERS``; an empty one makes no plan.
         mesh: to plan on; None: all that fit the devices are searched.
         batch: samples of the traced and planned step.
-        gradients: also run small inputs on the CPU and compare outputs and which parameters get a gradient.
+        numbers: also run small inputs on the CPU and compare the outputs.
         timeout_s: for one model.
         memory_bytes: that the process of one model may add to what its imports take.
     """
@@ -51,7 +51,7 @@ class Settings:
     solver: str
     mesh: str | None
     batch: int
-    gradients: bool
+    numbers: bool
     timeout_s: float
     memory_bytes: int
 
@@ -117,8 +117,8 @@ def _try(case: Case, settings: Settings, row: Row, report: Callable[[Row], None]
         row.count_s = (row.count_s or 0.0) + time.perf_counter() - start
         begin("rerun", part)
         _rerun(module, traced.graph, inputs)
-        if settings.gradients:
-            begin("gradients", part)
+        if settings.numbers:
+            begin("numbers", part)
             _compare_on_cpu(part)
         if settings.solver:
             begin("plan", part)
@@ -143,11 +143,18 @@ def _tracer(traced: TracedModel) -> str:
 
 
 def _rerun(module: nn.Module, graph: fx.Graph, inputs: Sequence[torch.Tensor]) -> None:
-    """Bind the graph to the module and compare the shapes of its outputs with those of the module itself."""
-    eager = [tuple(x.shape) for x in _tensors(module(*inputs))]
-    again = [tuple(x.shape) for x in _tensors(fx.GraphModule(module, graph)(*inputs))]
-    if eager != again:
-        raise ValueError(f"outputs have the shapes {again}, not {eager}")
+    """Bind the graph to the module; compare the shapes of outputs, and which parameters get a gradient."""
+    eager, expected = _step(module, module, inputs)
+    again, found = _step(fx.GraphModule(module, graph), module, inputs)
+    if (shapes := [x.shape for x in eager]) != [x.shape for x in again]:
+        raise ValueError(f"outputs have the shapes {[tuple(x.shape) for x in again]}, not {shapes}")
+    _refuse_other_gradients(expected, found)
+
+
+def _refuse_other_gradients(expected: set[str], found: set[str]) -> None:
+    if expected != found:
+        names = sorted(expected ^ found)
+        raise ValueError(f"{len(names)} parameters get a gradient in one only: {', '.join(names[:3])}")
 
 
 def _compare_on_cpu(part: LoadedModel) -> None:
@@ -159,9 +166,7 @@ def _compare_on_cpu(part: LoadedModel) -> None:
     traced = trace_layers(module, inputs, part.name)
     eager, expected = _step(module, module, inputs)
     again, found = _step(fx.GraphModule(module, traced.graph), module, inputs)
-    if expected != found:
-        names = sorted(expected ^ found)
-        raise ValueError(f"{len(names)} parameters get a gradient in one only: {', '.join(names[:3])}")
+    _refuse_other_gradients(expected, found)
     for x, y in zip(eager, again, strict=True):
         if not torch.allclose(x, y, rtol=0.0, atol=TOLERANCE * max(1e-6, float(x.abs().max())), equal_nan=True):
             raise ValueError(f"outputs differ by up to {float((x - y).abs().max()):.2g}, of {float(x.abs().max()):.2g}")

@@ -9,7 +9,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from planner.cli import demo, listing, planning, reading, run
+from planner.cli import demo, inspecting, listing, planning, reading, run
 from planner.cli.signature import with_fields
 from planner.cli.terminal import is_debugging
 from planner.errors import LayerwiseError
@@ -34,6 +34,7 @@ register("check", reading.check)
 register("compare", planning.compare)
 register("run", run.run)
 register("demo", demo.demo)
+register("inspect", inspecting.inspect)
 register("models", listing.models)
 register("clusters", listing.clusters)
 register("schema", listing.schema)

@@ -85,7 +85,8 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     from planner.frontend.source import load_model
     from planner.space.enumerate import DEFAULT_DIMENSIONS
 
-    arguments, _ = asked.arguments(), asked.input_shapes()
+    arguments = asked.arguments()
+    asked.input_shapes()  # refuses what cannot be understood, before anything is built
     options = Options(
         asked.solver, asked.memory_limit_bytes(), asked.precision, asked.optimizer,
         not asked.local_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
@@ -94,15 +95,14 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     machine = machine_of(asked.cluster, asked.devices, asked.precision)
     model = load_model(asked.model, arguments)
     shapes, named = asked.inputs_of(model.input_shapes)
-    if named:
-        raise UsageError(f"--input {next(iter(named))}=: only `layerwise inspect` takes inputs by name")
     num_ranks = len(machine.graph.devices)
     batch = asked.batch or SAMPLES_PER_DEVICE * num_ranks
     if batch % num_ranks:
         terminal.err.print(f"note: {_uneven(batch, num_ranks)}")
     inputs = example_inputs(shapes, batch)
+    keywords = dict(zip(named, example_inputs(tuple(named.values()), batch), strict=True))
     origin = Origin(model.name, model.source, arguments, command)
-    return prepare(model.module, inputs, machine, options, origin)
+    return prepare(model.module, inputs, machine, options, origin, keywords)
 
 
 def _uneven(batch: int, num_ranks: int) -> str:

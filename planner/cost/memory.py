@@ -70,7 +70,7 @@ def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Op
         state += num_bytes * (1 + STATE_COPIES[optimizer]) if parameter.trainable else 0
     item = dtype.item_bytes
     inputs = [_elements(layout) * item for layout in layouts.inputs]
-    share = _elements(layouts.output) / layer.output.numel * item / layer.output.dtype.item_bytes
+    share = _elements(layouts.output) / max(layer.output.numel, 1) * item / layer.output.dtype.item_bytes
     kept = math.ceil(layer.saved_bytes * share)
     if isinstance(layer.op, Conv | ConvTranspose | Linear):
         kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layer, layout))

@@ -1,34 +1,52 @@
 """FLOP of operators that have no formula here: counted by torch on the meta device."""
 
 import functools
+import logging
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from planner.frontend.recognize import METADATA, Call, holds_tensor, plain_name
+from planner.frontend.batch import PROBE
+from planner.frontend.calls import METADATA, Call, plain_name, shape_of
+from planner.frontend.custom import custom_rule, is_custom
+from planner.frontend.samples import scaled
+
+_log = logging.getLogger(__name__)
 
 _PRODUCTS: Final = frozenset({
     "matmul", "bmm", "mm", "addmm", "baddbmm", "addbmm", "mv", "dot", "einsum", "linear", "bilinear",
     "tensordot", "conv", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "scaled_dot_product_attention", "multi_head_attention_forward", "chain_matmul", "inner",
-    "outer", "cdist",
+    "outer", "cdist", "linalg_multi_dot", "linalg_matmul", "linalg_matrix_power", "matrix_power", "linalg_pinv",
+    "cov", "corrcoef", "affine_grid", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
 })  # fmt: skip
+"""Functions of torch with matrix products or convolutions in them."""
 
 
-def flop_of(call: Call) -> tuple[int, int]:
-    """Return the FLOP of a call forward and backward for the traced batch, as ``FlopCounterMode`` counts them.
+def flop_of(call: Call, batch: int = PROBE) -> tuple[int, int]:
+    """Return the FLOP of a call forward and backward for a batch, as ``FlopCounterMode`` counts them.
 
     Backward counts gradients of what carries one only; that of grouped convolutions is right, unlike torch's.
+
+    Args:
+        call: of the traced graph.
+        batch: samples; those that were traced if left out.
     """
     target = call.node.target
     if call.module is None and call.name not in _PRODUCTS and not _is_foreign(target):
         return 0, 0
-    if call.module is not None and not any(True for _ in call.module.parameters()):
+    if call.module is not None and not _is_foreign(type(call.module)) and not list(call.module.parameters()):
         return 0, 0
-    return _counted(call)
+    if call.module is not None and is_custom(type(call.module)) and custom_rule(type(call.module)).output_shape:
+        of_shapes = custom_rule(type(call.module)).forward_flop
+        forward = scaled(of_shapes(*map(shape_of, call.tensors)), batch) if of_shapes else 0
+        return forward, 2 * forward
+    ahead, back = _counted(call)
+    return sum(scaled(n, batch) for n in ahead), sum(scaled(n, batch) for n in back)
 
 
 def _is_foreign(target: Any) -> bool:
@@ -37,7 +55,9 @@ def _is_foreign(target: Any) -> bool:
     return callable(target) and home not in {"torch", "_operator", "builtins"}
 
 
-def _counted(call: Call) -> tuple[int, int]:
+def _counted(call: Call) -> tuple[list[int], list[int]]:
+    """Return the FLOP of every product, forward and backward: some grow with the batch, those of weights do not."""
+
     def value(node: fx.Node) -> Any:
         fresh = functools.partial(_fresh, gradient=_carries_gradient(node))
         return torch.utils._pytree.tree_map_only(torch.Tensor, fresh, node.meta["val"])
@@ -50,30 +70,51 @@ def _counted(call: Call) -> tuple[int, int]:
         function = functools.partial(_method, str(call.node.target))
     else:
         function = call.node.target
+    ahead: list[int] = []
     with torch.enable_grad():
-        with FlopCounterMode(display=False) as ahead:
+        with _counter(ahead):
             result = function(*args, **kwargs)
-        tensors = [
-            t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad
-        ]
-        with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as back:
-            if tensors and holds_tensor(result):
-                torch.autograd.backward(tensors, [torch.empty_like(t) for t in tensors])
-    return ahead.get_total_flops(), back.get_total_flops()
+        return ahead, _counted_backward(call, result, ahead)
 
 
-def _conv_backward_flop(  # noqa: PLR0913  # the signature of aten.convolution_backward
-    grad_out_shape: Any, x_shape: Any, w_shape: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, output_mask: Any, **others: Any,
-) -> int:  # fmt: skip
-    """Return the FLOP of a convolution's backward; torch's own formula forgets to divide by the groups."""
-    del bias, stride, padding, dilation, output_padding, groups, others  # a weight's second size is that of one group
-    positions = x_shape if transposed else grad_out_shape
-    each = 2 * positions[0] * math.prod(positions[2:]) * math.prod(w_shape)
-    return each * sum(map(bool, output_mask[:2]))
+def _counted_backward(call: Call, result: Any, ahead: list[int]) -> list[int]:
+    leaves = torch.utils._pytree.tree_leaves(result)
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+    back: list[int] = []
+    try:
+        with _counter(back):
+            torch.autograd.backward(tensors, [torch.empty_like(t) for t in tensors])
+    except Exception as error:  # whatever the user's backward() raises on meta tensors
+        _log.info("backward of %s counts as twice its forward pass, because it fails: %s", call.name, error)
+        return [2 * flop for flop in ahead]
+    return back
 
 
-_CORRECTED: Final = {torch.ops.aten.convolution_backward: _conv_backward_flop}
+def _counter(counts: list[int]) -> FlopCounterMode:
+    """Return a counter that appends the FLOP of every product to a list."""
+
+    def recording(formula: Callable[..., int]) -> Callable[..., int]:
+        def record(*args: Any, **kwargs: Any) -> int:
+            counts.append(formula(*args, **kwargs))
+            return counts[-1]
+
+        record._get_raw = True  # type: ignore[attr-defined]  # as formulas of torch say that they take tensors
+        return record
+
+    formulas = {**flop_registry, torch.ops.aten.convolution_backward: _conv_backward_flop}
+    return FlopCounterMode(display=False, custom_mapping={name: recording(f) for name, f in formulas.items()})
+
+
+def _conv_backward_flop(*arguments: Any, **results: Any) -> int:
+    """Return the FLOP of ``aten.convolution_backward``; torch's own formula forgets to divide by the groups.
+
+    Each gradient costs as much as the forward pass. A weight's second size is that of one group.
+    """
+    del results
+    gradient, x, weight, *_, transposed, _, _, wanted = arguments
+    positions = (x if transposed else gradient).shape
+    each: int = 2 * positions[0] * math.prod(positions[2:]) * math.prod(weight.shape)
+    return each * sum(map(bool, wanted[:2]))
 
 
 def _on_meta(call: Call) -> torch.nn.Module:

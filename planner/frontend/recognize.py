@@ -4,9 +4,7 @@ An operator without a kind of its own is ``PerSample``: it can be split by sampl
 hold them, and is run whole elsewhere. So every operator of torch can be planned.
 """
 
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -14,8 +12,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from planner.frontend.calls import SPELLINGS, Call, shape_of
 from planner.frontend.custom import custom_rule, is_custom
-from planner.frontend.trace import write_items
+from planner.frontend.views import each, interpolation, padding, reshape, view_operator
 from planner.ir import ops
 
 _ELEMENTWISE: Final = frozenset({
@@ -33,14 +32,6 @@ _ARITHMETIC: Final = frozenset({
     "lerp", "addcmul", "addcdiv", "atan2", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge",
     "logical_and", "logical_or", "copysign", "heaviside",
 })  # fmt: skip
-_SPELLINGS: Final = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "true_divide": "div",
-    "ifloordiv": "floordiv", "imod": "mod", "ipow": "pow", "iand": "and", "ior": "or", "ixor": "xor",
-    "and_": "and", "or_": "or", "multiply": "mul", "divide": "div", "subtract": "sub", "swish": "silu",
-    "leakyrelu": "leaky_relu", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "movedim": "permute",
-    "swapdims": "transpose", "view_as": "reshape", "reshape_as": "reshape", "view": "reshape", "unsafe_view": "reshape",
-    "split_with_sizes": "split", "__getitem__": "getitem", "convolution": "conv",
-}  # fmt: skip
 _LOSSES: Final = frozenset({
     "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
     "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss",
@@ -50,124 +41,10 @@ _MODULE_LOSSES: Final = {
     "SmoothL1Loss": "smooth_l1_loss", "HuberLoss": "huber_loss", "BCELoss": "binary_cross_entropy",
     "BCEWithLogitsLoss": "binary_cross_entropy_with_logits", "SoftMarginLoss": "soft_margin_loss",
 }  # fmt: skip
-_RESHAPES: Final = frozenset({"reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"})
-_SLICES: Final = frozenset({"chunk", "split", "unbind", "tensor_split", "narrow", "select", "glu"})
-_ALONG_ONE: Final = frozenset({
-    "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "normalize", "logcumsumexp", "index_select",
-    "gather", "repeat_interleave", "softmin",
-})  # fmt: skip
 _REDUCTIONS: Final = frozenset({
     "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "prod", "std", "var", "norm", "all",
     "any", "median",
 })  # fmt: skip
-VIEWS_OF_PARTS: Final = frozenset({"chunk", "split", "unbind", "tensor_split"})
-"""Functions whose result is a tuple of views; running one once for each part costs nothing."""
-
-METADATA: Final = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "sample_size", "device"})
-"""Functions that read no element of their tensor, only its type, device or sizes."""
-
-RANDOM: Final = frozenset({
-    "bernoulli", "rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "uniform",
-    "rrelu", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax", "dropout", "multinomial", "exponential",
-})  # fmt: skip
-"""Functions that draw random numbers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A node that computes something, in any spelling.
-
-    Attributes:
-        node: the node.
-        module: that it calls, if it does.
-        name: the function's plain name, without underscores of in-place forms; the class of a module.
-        tensors: nodes whose tensors it reads, in order, constants included.
-    """
-
-    node: fx.Node
-    module: nn.Module | None
-    name: str
-    tensors: tuple[fx.Node, ...]
-
-    @staticmethod
-    def of(node: fx.Node, root: nn.Module) -> "Call":
-        """Return the view of a node."""
-        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        name = type(module).__name__ if module is not None else plain_name(node)
-        return Call(node, module, name, tuple(tensor_inputs(node)))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the result; of its first tensor, where there are several."""
-        return shape_of(self.node)
-
-    @property
-    def source(self) -> tuple[int, ...]:
-        """The shape of the first tensor that it reads."""
-        return shape_of(self.tensors[0]) if self.tensors else ()
-
-    def arguments(self, **defaults: Any) -> list[Any]:
-        """Return the arguments behind the first one (the tensor), by position or by name."""
-        given = dict(zip(defaults, self.node.args[1:], strict=False)) | dict(self.node.kwargs)
-        return [given.get(name, default) for name, default in defaults.items()]
-
-
-def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes whose tensors a node reads, in order, nested ones (concat) included."""
-    found: list[fx.Node] = []
-
-    def visit(n: fx.Node) -> fx.Node:
-        if holds_tensor(n.meta.get("val")):
-            found.append(n)
-        return n
-
-    fx.node.map_arg((node.args, node.kwargs), visit)
-    return found
-
-
-def holds_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor or a tuple or dict with one."""
-    if isinstance(value, dict):
-        return any(map(holds_tensor, value.values()))
-    return isinstance(value, torch.Tensor) or (isinstance(value, tuple | list) and any(map(holds_tensor, value)))
-
-
-def function_name(node: fx.Node) -> str:
-    """Return the name of the function or method that a node calls, as the user wrote it."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return name.partition(".")[0]  # operators of ATen are called such as add.Tensor
-
-
-def plain_name(node: fx.Node) -> str:
-    """Return one name for all spellings of a function."""
-    if node.target is getattr:
-        return str(node.args[1])
-    name = function_name(node)
-    name = name if name.startswith("__") else name.rstrip("_").lstrip("_") or name
-    return _SPELLINGS.get(name, name)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor, or of the first of a tuple."""
-    value = node.meta.get("val")
-    while isinstance(value, tuple | list) and value:
-        value = value[0]
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-IN_PLACE = frozenset({
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor, write_items,
-})  # fmt: skip
-
-
-def is_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Return whether a node writes into its first input."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = function_name(node)
-    by_name = name.endswith("_") and not name.endswith("__") and name not in {"and_", "or_", "requires_grad_"}
-    return node.target in IN_PLACE or by_name or bool(node.kwargs.get("inplace", False))
 
 
 # ---- kinds
@@ -201,7 +78,7 @@ def _of_module(call: Call) -> ops.Op | None:  # noqa: C901, PLR0911, PLR0912  # 
         case _InstanceNorm() if not module.track_running_stats:
             return ops.GroupNorm(call.shape[1], call.shape[1])
         case nn.LayerNorm() | nn.RMSNorm():
-            return ops.Along(call.name.lower(), tuple(range(rank - len(module.normalized_shape), rank)))
+            return ops.Along(call.name, tuple(range(rank - len(module.normalized_shape), rank)))
         case nn.LocalResponseNorm() | nn.CrossMapLRN2d():
             return ops.Along("local_response_norm", (1,))
         case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d() if not module.return_indices:
@@ -215,7 +92,7 @@ def _of_module(call: Call) -> ops.Op | None:  # noqa: C901, PLR0911, PLR0912  # 
         case nn.AdaptiveMaxPool1d() | nn.AdaptiveMaxPool2d() | nn.AdaptiveMaxPool3d() if not module.return_indices:
             return ops.AdaptivePool("max", call.shape[2:])
         case nn.Upsample():
-            return _interpolation(call, module.mode, module.align_corners, module.scale_factor, module.size)
+            return interpolation(call, module.mode, module.align_corners, module.scale_factor, module.size)
         case nn.PixelShuffle() if rank == 4:
             return ops.PixelShuffle(module.upscale_factor)
         case nn.PixelUnshuffle() if rank == 4:
@@ -227,7 +104,7 @@ def _of_module(call: Call) -> ops.Op | None:  # noqa: C901, PLR0911, PLR0912  # 
         case nn.Dropout1d() | nn.Dropout2d() | nn.Dropout3d():
             return ops.Dropout(module.p, "channel")
         case nn.Flatten() | nn.Unflatten():
-            return _reshape(call)
+            return reshape(call)
         case nn.Softmax() | nn.LogSoftmax() if module.dim is not None:
             return ops.Softmax(module.dim % rank, isinstance(module, nn.LogSoftmax))
         case nn.PReLU():
@@ -235,9 +112,9 @@ def _of_module(call: Call) -> ops.Op | None:  # noqa: C901, PLR0911, PLR0912  # 
         case nn.GLU():
             return ops.Along("glu", (module.dim % rank,))
         case nn.ZeroPad1d() | nn.ZeroPad2d() | nn.ZeroPad3d() | nn.ConstantPad1d() | nn.ConstantPad2d():
-            return _padding(call)
+            return padding(call)
         case nn.ReflectionPad1d() | nn.ReflectionPad2d() | nn.ReplicationPad1d() | nn.ReplicationPad2d():
-            return _padding(call)
+            return padding(call)
         case _:
             return _by_class_name(call)
 
@@ -257,7 +134,7 @@ def _by_class_name(call: Call) -> ops.Op | None:
     if name == "DropPath":
         rescale = bool(getattr(module, "scale_by_keep", True))
         return ops.Dropout(float(getattr(module, "drop_prob", 0.0) or 0.0), "sample", rescale)
-    lower = _SPELLINGS.get(name.lower(), name.lower())
+    lower = SPELLINGS.get(name.lower(), name.lower())
     plain = module is not None and not list(module.parameters(recurse=False))
     if lower in _ELEMENTWISE and plain and call.source == call.shape:
         return ops.Elementwise(lower)
@@ -279,7 +156,7 @@ def _conv(
     weight: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int, mode: str = "zeros"
 ) -> ops.Conv:
     kernel = weight[2:]
-    strides, dilations = _each(stride, len(kernel)), _each(dilation, len(kernel))
+    strides, dilations = each(stride, len(kernel)), each(dilation, len(kernel))
     after = None
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
@@ -287,7 +164,7 @@ def _conv(
         uneven = tuple(t - b for t, b in zip(total, before, strict=True))
         after = uneven if uneven != before else None
     else:
-        before = _each(0 if padding == "valid" else padding, len(kernel))
+        before = each(0 if padding == "valid" else padding, len(kernel))
     return ops.Conv(weight[1] * groups, weight[0], kernel, strides, before, dilations, groups, mode, after)
 
 
@@ -295,7 +172,7 @@ def _transposed(module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
     spatial = module.weight.dim() - 2
     return ops.ConvTranspose(
         module.in_channels, module.out_channels, tuple(module.weight.shape[2:]), tuple(module.stride),
-        _each(module.padding, spatial), _each(module.output_padding, spatial), tuple(module.dilation), module.groups,
+        each(module.padding, spatial), each(module.output_padding, spatial), tuple(module.dilation), module.groups,
     )  # fmt: skip
 
 
@@ -304,7 +181,7 @@ def _of_function(call: Call, data: int) -> ops.Op | None:
         _functional_product,
         _normalisation,
         _pooling,
-        _shape_operator,
+        view_operator,
         _random,
         _classifier,
         _reduction,
@@ -375,7 +252,7 @@ def _normalisation(call: Call) -> ops.Op | None:
             *_, training, momentum, eps = call.arguments(
                 running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
             )  # both orders put four tensors first
-            return ops.BatchNorm(call.shape[1], eps, momentum) if training else None
+            return ops.BatchNorm(call.shape[1], eps, momentum) if training else ops.Along(call.name, (1,))
         case "group_norm":
             return ops.GroupNorm(call.arguments(num_groups=1)[0], call.shape[1])
         case "instance_norm" if call.arguments(running_mean=None)[0] is None:
@@ -387,124 +264,6 @@ def _normalisation(call: Call) -> ops.Op | None:
             return ops.Along(call.name, (1,))
         case _:
             return None
-
-
-def _shape_operator(call: Call) -> ops.Op | None:  # noqa: PLR0911  # a table of kinds
-    name, rank = call.name, len(call.shape)
-    if name in _RESHAPES:
-        return _reshape(call)
-    if name == "cat":
-        dim = call.node.kwargs.get("dim", call.node.kwargs.get("axis", (*call.node.args, 0)[1]))
-        return ops.Concat(dim % rank) if isinstance(dim, int) else None
-    if name in {"transpose", "permute", "t"}:
-        return _permutation(call)
-    if name == "getitem":
-        return _index(call)
-    if name in _SLICES or name in _ALONG_ONE:
-        return _along(call)
-    if name in {"pad", "constant_pad_nd"}:
-        return _padding(call)
-    if name in {"pixel_shuffle", "pixel_unshuffle"} and rank == 4:
-        wide, narrow = sorted((call.source[2], call.shape[2]), reverse=True)
-        return ops.PixelShuffle(wide // narrow, unshuffle=name == "pixel_unshuffle")
-    if name in {"interpolate", "upsample"}:
-        size, scale, mode, align, recomputes, antialias = call.arguments(
-            size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None,
-            antialias=False,
-        )  # fmt: skip
-        return None if antialias else _interpolation(call, mode, align, None if recomputes else scale, size)
-    return None
-
-
-def _reshape(call: Call) -> ops.Op:
-    if call.source == call.shape:
-        return ops.Elementwise("identity")
-    return ops.Reshape(reshape_groups(call.source, call.shape))
-
-
-def reshape_groups(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
-    """Return the smallest ranges of dimensions of both shapes that hold the same elements; sizes of 1 apart."""
-    groups = []
-    i = j = 0
-    while i < len(before) and j < len(after):
-        if before[i] == 1 and after[j] != 1:
-            i += 1
-            continue
-        if after[j] == 1 and before[i] != 1:
-            j += 1
-            continue
-        a, b, first, out = before[i], after[j], i, j
-        i, j = i + 1, j + 1
-        while a != b:
-            if a < b:
-                a *= before[i]
-                i += 1
-            else:
-                b *= after[j]
-                j += 1
-        groups.append((first, i, out, j))
-    return tuple(groups)
-
-
-def _permutation(call: Call) -> ops.Op | None:
-    """Return the order of dimensions, found by moving numbers in place of sizes."""
-    rank = len(call.source)
-    marks = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    arguments = [marks if a is call.tensors[0] else a for a in call.node.args]
-    target: Any = getattr(marks, str(call.node.target)) if call.node.op == "call_method" else call.node.target
-    try:
-        moved = target(*(arguments[1:] if call.node.op == "call_method" else arguments), **call.node.kwargs)
-    except (TypeError, RuntimeError):
-        return None
-    return ops.Permute(tuple(size - 2 for size in moved.shape)) if moved.dim() == rank else None
-
-
-def _index(call: Call) -> ops.Op | None:
-    """Return the dimensions that an index touches; None where it is more than slices."""
-    value = call.node.args[0]
-    if isinstance(value, fx.Node) and not isinstance(value.meta["val"], torch.Tensor):
-        return ops.Elementwise("identity")  # one of several results
-    index = call.node.args[1]
-    items = index if isinstance(index, tuple) else (index,)
-    rank = len(call.source)
-    if any(not isinstance(i, slice | int | type(None) | type(...)) for i in items) or len(call.shape) != rank:
-        return None
-    if any(i is None or isinstance(i, int) for i in items):
-        return None
-    if ... in items:
-        at = items.index(...)
-        items = (*items[:at], *[slice(None)] * (rank - len(items) + 1), *items[at + 1 :])
-    touched = [d for d, i in enumerate(items) if i != slice(None)]
-    return ops.Along("slice", tuple(touched)) if touched else ops.Elementwise("identity")
-
-
-def _along(call: Call) -> ops.Op | None:
-    places = {
-        "chunk": 1, "split": 1, "unbind": 0, "tensor_split": 1, "narrow": 0, "select": 0, "glu": 0, "roll": 1,
-        "topk": 1, "repeat_interleave": 1, "normalize": 1,
-    }  # fmt: skip
-    defaults = {"chunk": 0, "split": 0, "unbind": 0, "tensor_split": 0, "normalize": 1, "glu": -1, "sort": -1}
-    place = places.get(call.name, 0) + 1
-    given = call.node.args[place] if len(call.node.args) > place else defaults.get(call.name)
-    dims = call.node.kwargs.get("dim", call.node.kwargs.get("dims", given))
-    listed = dims if isinstance(dims, tuple | list) else (dims,)
-    rank = len(call.source)
-    over = tuple(sorted(d % rank for d in listed if isinstance(d, int)))
-    if len(over) != len(listed) or call.name in {"unbind", "select"} or len(call.shape) != rank:
-        return None
-    return ops.Along("slice" if call.name in _SLICES - {"glu"} else call.name, over)
-
-
-def _padding(call: Call) -> ops.Op | None:
-    touched = [d for d, (a, b) in enumerate(zip(call.source, call.shape, strict=True)) if a != b]
-    return ops.Along("pad", tuple(touched)) if touched else ops.Elementwise("identity")
-
-
-def _interpolation(call: Call, mode: str, align: Any, scale: Any, size: Any) -> ops.Op | None:
-    kind = {"bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
-    spatial = len(call.shape) - 2
-    scales = None if scale is None or size is not None else tuple(map(float, _each(scale, spatial)))
-    return ops.Interpolate(kind, bool(align), scales)  # type: ignore[arg-type]  # torch knows no other modes
 
 
 def _pooling(call: Call) -> ops.Op | None:
@@ -534,8 +293,9 @@ def _reduction(call: Call) -> ops.Op | None:
     rank = len(call.source)
     dims, keepdim = call.arguments(dim=None, keepdim=False)
     dims = call.node.kwargs.get("axis", dims)
-    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool) or not isinstance(keepdim, bool):
+    if not isinstance(dims, int | tuple | list) or isinstance(dims, bool):
         return None
+    keepdim = len(call.shape) == rank  # some take another argument in its place
     over = tuple(sorted(d % rank for d in ((dims,) if isinstance(dims, int) else dims)))
     if call.name == "mean" and over == tuple(range(2, rank)) and over:
         return ops.AdaptivePool("avg", (1,) * (rank - 2) if keepdim else ())
@@ -569,12 +329,6 @@ def _loss(function: str, reduction: Any, weight: Any) -> ops.Op | None:
     return None if weight is not None or reduction not in {"mean", "sum"} else ops.Loss(function, reduction)
 
 
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    if isinstance(value, tuple | list):
-        return tuple(value) if len(value) == count else tuple(value) * count
-    return (value,) * count
-
-
 def _window(module: Any) -> tuple[Any, Any, Any]:
     return module.kernel_size, module.stride, module.padding
 
@@ -587,6 +341,6 @@ def _pool(
     if spatial < 1:
         return None
     return ops.Pool(
-        function, _each(kernel, spatial), _each(kernel if no_stride else stride, spatial), _each(padding, spatial),
-        _each(dilation, spatial), bool(ceil_mode), bool(counts),
+        function, each(kernel, spatial), each(kernel if no_stride else stride, spatial), each(padding, spatial),
+        each(dilation, spatial), bool(ceil_mode), bool(counts),
     )  # fmt: skip

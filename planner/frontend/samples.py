@@ -6,6 +6,7 @@ batch. What sizes cannot tell is whether an operator mixed the samples or put th
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from planner.errors import TraceError
 from planner.frontend.batch import PROBE
-from planner.frontend.recognize import Call, shape_of
+from planner.frontend.calls import Call, shape_of
 from planner.ir import ops
 from planner.ir.dimension import SPACE, Dimension, Roles, image_roles
 from planner.ir.tensor import DType, TensorSpec
@@ -44,13 +45,27 @@ _BY_POSITION = (
 _RECURRENT_OR_ATTENTION = (
     nn.RNNBase | nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 )  # fmt: skip
-_WITH_DIM: Final = frozenset({
-    "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk", "flip", "roll", "normalize",
-    "gather", "index_select", "scatter", "glu", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2",
-    "fftn", "ifftn", "logcumsumexp", "index_add", "index_copy", "index_fill", "scatter_add", "rot90",
-})  # fmt: skip
-"""Functions whose result looks the same when they work along the samples, but is not."""
-
+_LAST_TWO = (-2, -1)
+_EVERY = None
+_DIMS: Final[Mapping[str, tuple[int, ...] | None]] = {
+    **dict.fromkeys(("softmax", "log_softmax", "softmin", "gumbel_softmax", "roll", "flip", "fftn", "ifftn", "rfftn",
+                     "irfftn", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "gather", "index_select",
+                     "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "scatter_reduce", "take",
+                     "put", "renorm", "rot90", "select_scatter", "slice_scatter", "masked_select", "masked_scatter",
+                     "histc", "unique", "bincount", "diff", "cross", "cov", "corrcoef"), _EVERY),
+    **dict.fromkeys(("sort", "argsort", "topk", "kthvalue", "mode", "glu", "fft", "ifft", "rfft", "irfft", "hfft",
+                     "ihfft"), (-1,)),
+    **dict.fromkeys(("fft2", "ifft2", "rfft2", "irfft2", "tril", "triu", "diagonal", "qr", "pinv", "svd", "svdvals",
+                     "inv", "eig", "eigh", "cholesky", "solve", "lstsq", "det", "slogdet", "matrix_exp", "matrix_power",
+                     "scaled_dot_product_attention"), _LAST_TWO),
+    "normalize": (1,), "flipud": (0,), "fliplr": (1,), "unfold": (), "diag_embed": (),
+}  # fmt: skip
+"""Functions that work along dimensions, whose result looks the same when they mix samples: where no argument names
+the dimension, those that they work along; None: all of them."""
+_FROM_ONE: Final = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to", "broadcast_tensors"})
+"""Functions that give every sample the same."""
+_NO_DIM: Final = frozenset({"scaled_dot_product_attention", "normalize", "topk", "kthvalue", "rot90", "renorm"})
+"""Of these functions, those whose first number is no dimension."""
 
 _NUMBERED: Final = frozenset({
     "arange", "linspace", "logspace", "eye", "randperm", "tril", "triu", "tril_indices", "triu_indices", "cumsum",
@@ -73,6 +88,8 @@ def samples_of(call: Call, op: ops.Op, inputs: list[tuple[fx.Node, Samples | Non
     if len(grown) > 1 or call.shape[grown[0]] % PROBE**2 == 0 or any(s == MIXED for _, s in inputs):
         return MIXED
     dim = grown[0]
+    if all(s is None for _, s in inputs) and call.name not in _FROM_ONE:
+        return MIXED  # parts that were taken from the batch, put together again
     for node, samples in inputs:
         if samples is not None and samples.dim is not None and _mixes(call, op, shape_of(node), samples.dim, dim):
             return MIXED
@@ -119,13 +136,10 @@ def _mixes(call: Call, op: ops.Op, source: Shape, before: int, dim: int) -> bool
 
 
 def _mixes_by_name(call: Call, source: Shape, before: int, dim: int) -> bool:
-    arguments: list[Any] = [*call.node.args[1:], *call.node.kwargs.values()]
     if call.name in {"repeat", "tile"}:
         return call.shape[dim] != source[before]
-    if call.name in _WITH_DIM:
-        rank = len(source)
-        dims = [a for each in arguments for a in (each if isinstance(each, tuple | list) else (each,))]
-        return any(type(d) is int and -rank <= d < rank and d % rank == before for d in dims)
+    if call.name in _DIMS:
+        return before in _dims_of(call, len(source))
     if call.name == "getitem" and isinstance(call.node.args[0], fx.Node) and len(call.node.args) > 1:
         return isinstance(call.node.args[0].meta["val"], torch.Tensor) and _index_touches(
             call.node.args[1], len(source), before
@@ -133,6 +147,23 @@ def _mixes_by_name(call: Call, source: Shape, before: int, dim: int) -> bool:
     if call.name == "write_items":
         return _index_touches(call.node.args[1], len(source), before)
     return call.name == "batch_norm"
+
+
+def _dims_of(call: Call, rank: int) -> set[int]:
+    """Return the dimensions that a function works along."""
+    given = call.node.kwargs
+    named = next((given[key] for key in ("dim", "dims", "axis") if key in given), None)
+    if named is None and call.name not in _NO_DIM:
+        rest = [a for a in call.node.args[1:] if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
+        place = 1 if call.name in {"roll", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"} else 0
+        named = rest[place:] if call.name == "flip" else (rest[place] if len(rest) > place else None)
+    if named is None:
+        named = _DIMS[call.name] if not isinstance(call.module, nn.Module) else getattr(call.module, "dim", None)
+    if named is None:
+        return set(range(rank))
+    listed = [a for d in (named if isinstance(named, tuple | list) else (named,))
+              for a in (d if isinstance(d, tuple | list) else (d,))]  # fmt: skip
+    return {d % rank for d in listed if isinstance(d, int) and rank}
 
 
 def _index_touches(index: Any, rank: int, before: int) -> bool:

@@ -33,7 +33,9 @@ from planner.frontend.batch import (
     plain,
     tagged,
 )
-from planner.frontend.custom import is_custom
+from planner.frontend.custom import custom_rule, is_custom
+from planner.frontend.proxy import ConcreteProxy, call_of, needs_value, takes_samples_apart
+from planner.frontend.stand_ins import LightBatchNorm, Unseen, light_attention
 from planner.ir.tensor import DType
 
 Inputs = tuple[torch.Tensor, ...]
@@ -54,79 +56,6 @@ _FACTORIES = frozenset({
 })  # fmt: skip
 _RANDOM_LEAVES = frozenset({"DropPath", "StochasticDepth"})
 """Classes of the model zoos that drop whole samples; one operator, not the arithmetic in it."""
-
-
-class _ConcreteProxy(fx.Proxy):
-    """A proxy that knows its value on the meta device."""
-
-    value: Any
-
-    def __getattr__(self, name: str) -> Any:
-        value = self.__dict__.get("value")
-        found = getattr(value, name)  # an unknown attribute raises AttributeError as eager code would
-        if isinstance(found, torch.Tensor):  # such as x.T
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name) if callable(found) else tagged(found)
-
-    def __len__(self) -> int:
-        if len(self.value) % PROBE == 0 and self.value.numel():
-            self.tracer.has_counted_samples = True  # type: ignore[attr-defined]  # of the tracer below
-        return len(self.value)
-
-    def __iter__(self) -> Iterator[fx.Proxy]:
-        if isinstance(self.value, torch.Tensor) and self.value.shape[0] % PROBE == 0:
-            raise _takes_samples_apart()
-        return iter([self[i] for i in range(len(self.value))])  # type: ignore[index]  # a Proxy forwards it
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", write_items, (self, index, value), {})
-
-    def __bool__(self) -> bool:
-        return bool(self._number("its truth"))
-
-    def __int__(self) -> int:
-        return int(self._number("its integer value"))
-
-    def __float__(self) -> float:
-        return float(self._number("its value"))
-
-    def __index__(self) -> int:
-        return int(self._number("its integer value"))
-
-    def _number(self, what: str) -> Any:
-        raise _needs_value(what)
-
-
-def write_items(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """Write into some elements of a tensor, as ``x[index] = value`` does, and return it."""
-    x[index] = value
-    return x
-
-
-def _takes_samples_apart() -> TraceError:
-    return TraceError(
-        f"{origin_of_call()} takes the batch apart sample by sample. Treat all samples at once, or make the module "
-        "around it a leaf with planner.frontend.custom.register_module."
-    )
-
-
-def _needs_value(what: str, place: str | None = None) -> TraceError:
-    return TraceError(
-        f"{place or origin_of_call()} needs the value of a tensor ({what}), which is not known before the model runs. "
-        "Plan the parts before and after it apart (backbone and head), move the decision out of forward(), or make "
-        "the module around it a leaf with planner.frontend.custom.register_module."
-    )
-
-
-def _writing(function: Callable[[Any, Any], Any]) -> Callable[[_ConcreteProxy, Any], Any]:
-    def method(self: _ConcreteProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_ConcreteProxy, f"__{_name}__", _writing(getattr(operator, _name)))  # fx would make `x += y` out of place
 
 
 class _Factories(TorchFunctionMode):
@@ -171,7 +100,7 @@ class _Tracer(fx.Tracer):
 
     def _placeholder(self, name: str, value: torch.Tensor) -> fx.Proxy:
         proxy = self.create_proxy("placeholder", name, (), {})
-        assert isinstance(proxy, _ConcreteProxy)
+        assert isinstance(proxy, ConcreteProxy)
         proxy.value = proxy.node.meta["val"] = value
         return proxy
 
@@ -187,7 +116,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         value = None
         if kind == "call_method" and target in _READ_VALUES:
-            raise _needs_value(f"{target}()")
+            raise needs_value(f"{target}()")
         if kind in {"call_function", "call_method", "call_module", "get_attr"}:
             args, kwargs = fx.node.map_aggregate((args, kwargs), plain)
             self._count_single_samples(target, args)
@@ -199,9 +128,9 @@ class _Tracer(fx.Tracer):
             if not _has_tensor(value):
                 return tagged(value)
             if isinstance(value, tuple | list) and value and len(value) % PROBE == 0:
-                raise _takes_samples_apart()
+                raise takes_samples_apart()
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        assert isinstance(proxy, _ConcreteProxy)
+        assert isinstance(proxy, ConcreteProxy)
         proxy.value = value
         proxy.node.meta.update(
             val=value, scope=self.scope.module_path, origin=origin_of_call(), saved=tuple(self._saved)
@@ -216,12 +145,12 @@ class _Tracer(fx.Tracer):
 
     def _count_single_samples(self, target: Any, args: tuple[Any, ...]) -> None:
         """Refuse loops over the samples of a batch."""
-        if target is operator.getitem and isinstance(args[0], _ConcreteProxy):
+        if target is operator.getitem and isinstance(args[0], ConcreteProxy):
             value, items = args[0].value, args[1] if isinstance(args[1], tuple) else (args[1],)
             grown = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] and value.shape[0] % PROBE == 0
             self._single_samples += bool(grown) and type(items[0]) is int
             if self._single_samples > MAX_SINGLE_SAMPLES:
-                raise _takes_samples_apart()
+                raise takes_samples_apart()
 
     def _refuse_foreign_tensors(self, arguments: Any) -> None:
         def check(a: Any) -> Any:
@@ -258,7 +187,7 @@ class _Tracer(fx.Tracer):
         return keeps_forward or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ConcreteProxy(node, self)
+        return ConcreteProxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a proxy for a tensor of the module; fx itself would look through all of them each time."""
@@ -278,13 +207,17 @@ class _Tracer(fx.Tracer):
                     return attribute(self.root, target)
                 case "call_module":
                     module = self.root.get_submodule(target)
+                    if is_custom(type(module)) and (shape_of := custom_rule(type(module)).output_shape):
+                        return Unseen.apply(shape_of, *args, *kwargs.values(), *module.parameters())
                     if isinstance(module, _BatchNorm) and module.training:
-                        return _LightBatchNorm.apply(args[0], module.weight)
+                        return LightBatchNorm.apply(args[0], module.weight)
                     return module.forward(*args, **kwargs)
                 case "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
+                case _ if getattr(target, "__name__", "") == "scaled_dot_product_attention":
+                    return light_attention(target, *args, **kwargs)
                 case _ if target is functional.batch_norm:
-                    return _LightBatchNorm.apply(args[0], args[3] if len(args) > 3 else kwargs.get("weight"))
+                    return LightBatchNorm.apply(args[0], args[3] if len(args) > 3 else kwargs.get("weight"))
                 case _ if target in _FACTORIES:
                     return target(*args, **{**kwargs, "device": "meta"})
                 case _:
@@ -301,22 +234,40 @@ class _Tracer(fx.Tracer):
                 self._saved.append(tensor)
             return tensor
 
-        with _Factories(self), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with (
+            _Factories(self),
+            _watched(self),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        ):
             return self.trace(root)
 
 
-class _LightBatchNorm(torch.autograd.Function):
-    """What batch norm returns and keeps on the meta device, where torch's own takes milliseconds."""
+@contextlib.contextmanager
+def _watched(tracer: _Tracer) -> Iterator[None]:
+    """Record a user's ``autograd.Function`` as one call, and let attention keep what the fused kernel keeps."""
+    apply = torch.autograd.Function.__dict__["apply"]
+    attention = functional.scaled_dot_product_attention
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        mean = x.new_empty(x.shape[1])
-        ctx.save_for_backward(x, weight, mean, torch.empty_like(mean))
-        return torch.empty_like(x)
+    def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running or not any(isinstance(a, ConcreteProxy) for a in args):
+            return apply.__func__(cls, *args, **kwargs)
+        return tracer.create_proxy("call_function", call_of(cls), args, kwargs)
+
+    def watched_attention(*args: Any, **kwargs: Any) -> Any:
+        return light_attention(attention, *args, **kwargs) if tracer.is_running else attention(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(watched_apply)  # type: ignore[assignment]  # put back
+    functional.scaled_dot_product_attention = watched_attention
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]  # as it was
+        functional.scaled_dot_product_attention = attention
 
 
 def _value(argument: Any) -> Any:
-    return argument.value if isinstance(argument, _ConcreteProxy) else argument
+    return argument.value if isinstance(argument, ConcreteProxy) else argument
 
 
 def _values(structure: Any) -> Any:
@@ -507,7 +458,7 @@ def _failure(root: nn.Module, values: Inputs, keywords: Keywords, error: Excepti
 
 def _as_trace_error(error: Exception, module: nn.Module, values: Inputs, keywords: Keywords) -> TraceError:
     if "nonzero" in str(error) or "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
-        return _needs_value("a size that depends on values", origin_of_error(error))
+        return needs_value("a size that depends on values", origin_of_error(error))
     shapes = ", ".join(str(tuple(x.shape)) for x in (*values, *keywords.values()))
     return TraceError(
         f"{origin_of_error(error)}: {type(module).__name__} fails on inputs of shape {shapes}: "

@@ -103,7 +103,7 @@ def _flop(layer: Layer, inputs: Sequence[Shape], output: Shape, *, input_gradien
     """Return the FLOP of forward, of the inputs' gradient and of the parameters' gradient."""
     trains = not _ends_gradient(layer)
     if isinstance(layer.op, PerSample | Custom):
-        share = math.prod(output) / layer.output.numel  # its pieces are pieces of the batch
+        share = math.prod(output) / max(layer.output.numel, 1)  # its pieces are pieces of the batch
         forward, backward = round(layer.op.forward_flop * share), round(layer.op.backward_flop * share)
         return forward, backward if trains else 0, 0
     flop = 2 * multiply_adds(layer.op, inputs, output)

@@ -114,7 +114,7 @@ class LayerGraph:
                 yield self.index[producer], j, position
 
     def nx(self) -> "nx.MultiDiGraph[LayerId]":
-        """Return a networkx view; ``x + x`` has two edges."""
+        """Return a networkx view."""
         graph: nx.MultiDiGraph[LayerId] = nx.MultiDiGraph()
         graph.add_nodes_from(layer.id for layer in self.layers)
         graph.add_edges_from((i, layer.id) for layer in self.layers for i in layer.inputs)

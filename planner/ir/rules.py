@@ -130,7 +130,7 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
         case Custom(dimensions=dimensions):
             plain = _pointwise(inputs, output)
             named = {d: e for d, e in plain.effects.items() if d in dimensions}
-            return Rule({**_by_sample(inputs, output), **named}, plain.windows)
+            return Rule({**_by_sample(inputs, output), **named})
         case Loss():
             return Rule(_by_sample(inputs, output, Whole.PARTIAL))
 
@@ -165,19 +165,7 @@ def _of_dims(inputs: Specs, output: TensorSpec, source: Mapping[int, int]) -> Ru
     for dim, role in enumerate(output.roles):
         if role is not None and dim in source and _same_rows(role, inputs[0], source[dim], output):
             found[role] = Effect((source[dim],) * len(inputs), dim)
-    return Rule(found, _cut_alike(found, inputs, output))
-
-
-def _cut_alike(found: Mapping[Dimension, Effect], inputs: Specs, output: TensorSpec) -> dict[tuple[int, int], Cut]:
-    """Return the cuts of input dimensions that are cut as the output's, but were named otherwise by their producer."""
-    wanted = activation_cuts(output)
-    return {
-        (k, own): wanted[effect.output]
-        for role, effect in found.items()
-        if role is not Dimension.SAMPLE and isinstance(effect.output, int)
-        for k, own in enumerate(effect.inputs)
-        if isinstance(own, int) and activation_cuts(inputs[k])[own] != wanted[effect.output]
-    }
+    return Rule(found)
 
 
 def _same_rows(role: Dimension, spec: TensorSpec, dim: int, output: TensorSpec) -> bool:
@@ -200,7 +188,7 @@ def _pointwise(inputs: Specs, output: TensorSpec, blocked: Collection[int] = ())
             found[role] = Effect(tuple(p for p in placements if p is not None), dim)
         if None in placements:
             found.pop(role, None)
-    return Rule(found, _cut_alike(found, inputs, output))
+    return Rule(found)
 
 
 def _aligned(spec: TensorSpec, output: TensorSpec, dim: int, role: Dimension) -> Placement | None:
@@ -220,8 +208,7 @@ def _aligned(spec: TensorSpec, output: TensorSpec, dim: int, role: Dimension) ->
 def _product(op: Conv | ConvTranspose | Linear, inputs: Specs, output: TensorSpec) -> Rule:
     """Return the rule of a convolution or linear layer: the channels of its input are a reduction."""
     channel = len(output.shape) - 1 if isinstance(op, Linear) else 1
-    plain = _pointwise(inputs, output, {channel})
-    found = dict(plain.effects)
+    found = dict(_pointwise(inputs, output, {channel}).effects)
     grouped = not isinstance(op, Linear) and op.groups > 1
     own = channel if not isinstance(op, Linear) else len(inputs[0].shape) - 1
     computed = isinstance(op, Conv | Linear) and op.computed_weight
@@ -232,7 +219,7 @@ def _product(op: Conv | ConvTranspose | Linear, inputs: Specs, output: TensorSpe
         found[Dimension.IN_CHANNEL] = Effect((own,), Whole.PARTIAL)
         found[Dimension.IN_CHANNEL_SCATTER] = Effect((own,), Whole.PARTIAL)
     if isinstance(op, Linear):
-        return Rule(found, plain.windows)
+        return Rule(found)
     if isinstance(op, Conv) and op.padding_mode != "zeros":
         return Rule({d: e for d, e in found.items() if d not in _OWN_SPACE})
     windows = []
@@ -245,7 +232,7 @@ def _product(op: Conv | ConvTranspose | Linear, inputs: Specs, output: TensorSpe
 def _windowed(plain: Rule, inputs: Specs, output: TensorSpec, windows: Sequence[AnyWindow | None]) -> Rule:
     """Return a rule whose output is also cut in space, where each dimension of space looks through its window."""
     found = {d: e for d, e in plain.effects.items() if d not in _OWN_SPACE}
-    cuts = dict(plain.windows)
+    cuts = {}
     for dim, window in enumerate(windows, start=2):
         role = output.roles[dim]
         if role is not None and role in _OWN_SPACE and window is not None:
@@ -311,8 +298,10 @@ def _reshape(groups: tuple[tuple[int, int, int, int], ...], inputs: Specs, outpu
         if source.roles[first] is Dimension.SAMPLE or (n % m and m % n):
             continue
         found[role] = Effect((first,), out)
-        windows[0, first] = Cut(CutRule.CHUNK if role is Dimension.OUT_CHANNEL else CutRule.BALANCED, max(n // m, 1))
-        if m > n:
+        rule_of_cut = CutRule.CHUNK if role is Dimension.OUT_CHANNEL else CutRule.BALANCED
+        if n > m:
+            windows[0, first] = Cut(rule_of_cut, n // m)
+        elif m > n:
             units[out] = m // n
     return Rule(found, windows, units)
 
@@ -398,14 +387,15 @@ def _layouts(
     cuts = list(activation_cuts(output, found.output_units))
     if isinstance(op, Conv | ConvTranspose | Linear):
         cuts[channel_dim(op, output)] = CHUNK
-    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), tuple(cuts))
+    output_cuts = tuple(cuts)
+    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), output_cuts)
     resolved = tuple(
         _resolved(dimension, placement, channel_dim(op, output))
         for dimension, placement in zip(split.dimensions, computed.placements, strict=True)
     )
     return LayerLayouts(
         inputs=tuple(
-            Layout(spec.shape, mesh, tuple(e.inputs[k] for e in chosen), _input_cuts(found, k, spec, op, cuts))
+            Layout(spec.shape, mesh, tuple(e.inputs[k] for e in chosen), _input_cuts(found, k, spec, op, output_cuts))
             for k, spec in enumerate(inputs)
         ),
         computed=computed,

@@ -86,7 +86,7 @@ def test_coverage_chooses_every_model_of_torchvision_and_every_family_of_timm(fo
 
 @pytest.mark.zoo
 def test_coverage_has_a_row_for_a_model_that_works_and_for_one_that_ran_out_of_memory(folder: Path) -> None:
-    works = [*COVERAGE, "--only", "torchvision:squeezenet1_1", "--gradients", "-o", "rows.csv"]
+    works = [*COVERAGE, "--only", "torchvision:squeezenet1_1", "--numbers", "-o", "rows.csv"]
     assert "100.0%" in run(works, folder)
     (row,) = csv.DictReader((folder / "rows.csv").read_text().splitlines())
     assert (row["family"], row["kind"], row["result"], row["reason"]) == ("squeezenet", "classification", "ok", "")

@@ -15,7 +15,7 @@ def document() -> Json:
         "model": {
             "name": "net", "source": "nets.py:net", "arguments": {"width": 0.5, "bias": True},
             "graph_sha256": "a" * 64, "num_params": 650,
-            "inputs": [{"name": "input", "shape": [8, 64], "dtype": "float32"}],
+            "inputs": [{"name": "input", "shape": [8, 64], "dtype": "float32", "keyword": False}],
         },
         "batch": 8, "precision": "fp32", "optimizer": "momentum", "io": "per-rank",
         "sync_batch_norm": True, "bucket_bytes": 2**20,

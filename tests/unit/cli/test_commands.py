@@ -1,68 +1,20 @@
 """Every command, its output and exit code, and every wrong input, as a user meets them."""
 
-import io
 import json
-import logging
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from planner.cli import terminal
-from planner.cli.main import main
 from planner.devices import clusters, device_kinds
 from planner.plan import Plan
 from planner.plan.schema import json_schema
 from planner.search.auto import SOLVERS
+from support.command_line import layerwise, process
 from support.plans import Json, document
 
-ROOT = Path(__file__).parents[3]
 VGG16 = ("vgg16", "--cluster", "4xa100-nvlink", "--batch", "256")
 SMALL = ("lenet5", "--devices", "2", "--batch", "64")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended. ``error`` is stderr in one line, without the box that typer draws."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        return " ".join(self.err.replace("│", " ").split())
-
-
-def layerwise(*arguments: str | Path, stdin: str = "") -> Ran:
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", err)):
-            patch.setattr(sys, name, stream)
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
-    assert isinstance(ended.value.code, int)
-    return Ran(ended.value.code, out.getvalue(), err.getvalue())
-
-
-def process(*arguments: str, hash_seed: str = "random") -> Ran:
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(autouse=True)
-def _undo_logging() -> Iterator[None]:
-    yield
-    logging.getLogger().removeHandler(terminal._ON_STDERR)
-    for package in ("planner", "runtime"):
-        logging.getLogger(package).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +82,31 @@ def test_the_options_of_plan_reach_the_plan() -> None:
     found = {d.value for split in plan.strategy.values() for d in split.dimensions}
     assert found <= {"sample", "in_channel", "in_channel_scatter", "replicate", "broadcast"}
     assert plan.provenance.command.startswith("layerwise plan lenet5 --cluster 4xa100-nvlink --batch 12 ")
+
+
+MASKED = """
+from torch import nn
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, image, *, mask=None, age=None):
+        return self.conv(image * mask).mean((2, 3)) * age[:, None]
+"""
+
+
+def test_inputs_by_name_reach_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "masked.py"
+    path.write_text(MASKED)
+    sizes = ("--input", "3,8,8", "--input", "mask=1,8,8", "--input", "age=")
+    ran = layerwise("plan", f"{path}:Masked", "--devices", "2", "--batch", "6", *sizes)
+    inputs = [(x.name, x.shape, x.keyword) for x in Plan.from_json(ran.out).model.inputs]
+    assert inputs == [("image", [6, 3, 8, 8], False), ("mask", [6, 1, 8, 8], True), ("age", [6], True)]
+    again = layerwise("check", "-", "--model", stdin=ran.out)
+    assert "every split is legal" in again.out
+    assert layerwise("compare", f"{path}:Masked", "--devices", "2", *sizes).code == 0
 
 
 def test_a_batch_that_does_not_divide_is_planned_with_a_note() -> None:
@@ -229,6 +206,23 @@ def test_the_lists_name_everything() -> None:
     assert "3 x 224 x 224" in models.out
     for name in (*clusters(), *device_kinds(), "{nodes}x{devices}-{device}-{link}", "--devices N"):
         assert name in found.out
+
+
+def test_a_pattern_chooses_models() -> None:
+    found = layerwise("models", "vgg1?_bn").out
+    assert [name for name in ("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn") if name not in found] == []
+    assert "resnet18" not in found
+    nothing, library = layerwise("models", "vgg7*"), layerwise("models", "tim:*")
+    assert (nothing.code, library.code) == (2, 2)
+    assert "no model is called 'vgg7*'" in nothing.error
+    assert "unknown library of models 'tim'. Did you mean 'timm'?" in library.error
+
+
+@pytest.mark.zoo
+def test_a_pattern_lists_the_models_of_a_library() -> None:
+    rows = [line.split() for line in layerwise("models", "torchvision:fcn_*").out.splitlines()]
+    assert rows[-2:] == [[f"torchvision:fcn_{name}", "segmentation.fcn"] for name in ("resnet101", "resnet50")]
+    assert "timm:resnet18" in layerwise("models", "timm:resnet1*").out
 
 
 def test_schema_prints_the_json_schema() -> None:
@@ -359,7 +353,7 @@ def test_a_plan_of_another_model_or_with_an_illegal_split_is_refused(vgg16: Path
     path.write_text(json.dumps(found))
     illegal = layerwise("check", path)
     assert illegal.code == 2
-    assert "layer 'flatten' (flatten) cannot be split" in illegal.error
+    assert "layer 'flatten' (reshape) cannot be split" in illegal.error
 
 
 def test_a_plan_for_another_machine_is_refused(vgg16: Path, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Convolutions, transposed convolutions and linear layers on this rank's pieces of weight and bias."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from planner.ir import ops as ir
+from runtime.exchange import ScaleGradient
+
+_CONVOLUTIONS: Any = (functional.conv1d, functional.conv2d, functional.conv3d)
+_TRANSPOSED: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+
+
+def padded(
+    x: torch.Tensor, margins: Sequence[tuple[int, int]], value: float = 0.0, mode: str = "constant"
+) -> torch.Tensor:
+    """Return a tensor with positions added or left out around its last dimensions."""
+    widths = [width for pair in reversed(margins) for width in pair]
+    return functional.pad(x, widths, mode, value if mode == "constant" else None) if any(widths) else x
+
+
+@dataclass(frozen=True)
+class ProductCall:
+    """A convolution, transposed convolution or linear layer with the groups of this rank's piece."""
+
+    op: ir.Conv | ir.ConvTranspose | ir.Linear
+    groups: int
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        op = self.op
+        if isinstance(op, ir.Linear):
+            return functional.linear(x, weight, bias)
+        found: torch.Tensor
+        at = len(op.kernel) - 1
+        if isinstance(op, ir.ConvTranspose):
+            found = _TRANSPOSED[at](
+                x, weight, bias, op.stride, op.padding, op.output_padding, self.groups, op.dilation
+            )  # fmt: skip
+        elif op.padding_mode == "zeros" and op.padding_after is None:
+            found = _CONVOLUTIONS[at](x, weight, bias, op.stride, op.padding, op.dilation, self.groups)
+        else:
+            found = _CONVOLUTIONS[at](self._padded(op, x), weight, bias, op.stride, 0, op.dilation, self.groups)
+        return found
+
+    @staticmethod
+    def _padded(op: ir.Conv, x: torch.Tensor) -> torch.Tensor:
+        after = op.padding if op.padding_after is None else op.padding_after
+        mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
+        return padded(x, list(zip(op.padding, after, strict=True)), mode=mode)
+
+    def __str__(self) -> str:
+        return f"{self.op.kind} of {self.groups} groups" if self.groups > 1 else self.op.kind
+
+
+class Product(nn.Module):
+    """A convolution, transposed convolution or linear layer on local parameters.
+
+    ``weight`` and ``bias`` carry the names of the module that it replaces.
+
+    Args:
+        call: the operator, from input, weight and bias.
+        weight, bias: local pieces.
+        adds_bias: false where the result is a partial sum; then ``Bias`` adds it once it is resolved.
+        gradient_factors: by which the gradients of weight and bias are multiplied.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        call: ProductCall,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        adds_bias: bool,
+        gradient_factors: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self._adds_bias = adds_bias
+        self._factors = gradient_factors
+        self._call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = scaled(self.weight, self._factors[0])
+        return self._call(x, weight, self.scaled_bias() if self._adds_bias else None)
+
+    def scaled_bias(self) -> torch.Tensor | None:
+        """Return the bias as the layer uses it."""
+        found: torch.Tensor | None = scaled(self.bias, self._factors[1])
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{self._call}, local weight {tuple(self.weight.shape)}"
+
+
+class Bias(nn.Module):
+    """Adds the bias of a product whose partial sums have been resolved; holds no parameter itself.
+
+    Args:
+        bias: returns it.
+        num_spatial: dimensions of space behind the channels.
+    """
+
+    def __init__(self, bias: Callable[[], torch.Tensor | None], num_spatial: int) -> None:
+        super().__init__()
+        self._bias, self._num_spatial = bias, num_spatial
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        bias = self._bias()
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * self._num_spatial)
+
+
+class OfArguments(nn.Module):
+    """An operator whose parameters are arguments, as the user's own code passes them."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._call = call
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self._call(*args)
+
+    def extra_repr(self) -> str:
+        return str(self._call)
+
+
+def scaled(parameter: torch.Tensor | None, factor: float) -> Any:
+    """Return a parameter whose gradient is multiplied by a factor."""
+    return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, lambda: factor)
