@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,7 @@ class Lowering:
         self._replace_outputs(outputs)
         self._bind_attributes()
         self._bind_global_sizes()
+        self._seed_constants()
         self._graph.lint()
         ready = list(reversed(self._params.synchronised.values()))
         return Lowered(
@@ -244,7 +246,7 @@ class Lowering:
             case _:
                 fresh = not is_main and _makes_new_memory(tensor_inputs(node)[0], self._modules)
                 fresh = fresh or (isinstance(layer.op, ir.PerSample) and not is_main)
-                if isinstance(op, ir.Elementwise):
+                if isinstance(op, ir.Elementwise | ir.Concat) or (isinstance(op, ir.Along) and op.function == "cat"):
                     self._slice_constants(layer, node)
                 self._as_it_is(layer, node, original, keeps_in_place=fresh)
         return node
@@ -284,8 +286,9 @@ class Lowering:
             call = getattr(torch.Tensor, str(node.target))
         key = shard_key(node.name, self._mesh, self._state.communicator.position, self._cut_axes(layer, "element"))
         if module is not None:
-            drawn = copy.copy(module)
-            drawn.forward = Seeded(module.forward, key, self._state)
+            drawn = module if "forward" in vars(module) else copy.copy(module)  # the user's own module stays
+            own = vars(module).get("forward") or types.MethodType(type(module).forward, drawn)
+            drawn.forward = Seeded(own, key, self._state)
             self._modules[str(node.target)] = drawn
             return
         name = self._add(f"random.{_plain(node.name)}_{len(self._modules)}", Seeded(call, key, self._state))
@@ -325,7 +328,7 @@ class Lowering:
     def _is_constant(self, node: fx.Node) -> bool:
         """Return whether a node is one of the traced ones that belong to no layer."""
         traced = self._nodes.get(node.name) is node and node.op != "placeholder"
-        return traced and node.name not in self._in_layers and isinstance(node.meta["val"], torch.Tensor)
+        return traced and node.name not in self._in_layers and isinstance(node.meta.get("val"), torch.Tensor)
 
     def _swap_call(self, node: fx.Node, function: Any, *arguments: Any) -> fx.Node:
         with self._graph.inserting_after(node):
@@ -494,7 +497,7 @@ class Lowering:
         if all(f == 1.0 for f in factors.values()):
             return original
         clone = copy.copy(original)
-        clone.forward = WithScaledGradients(original, factors, dict(original.named_parameters()))
+        clone.forward = WithScaledGradients(clone, original, factors, dict(original.named_parameters()))
         return clone
 
     def _custom(self, layer: Layer, node: fx.Node, original: nn.Module) -> None:
@@ -512,7 +515,7 @@ class Lowering:
             (holder._parameters if leaf in holder._parameters else holder._buffers)[leaf] = piece  # type: ignore[assignment]  # one of both
         if any(f != 1.0 for f in factors.values()):
             inner = copy.copy(clone)
-            clone.forward = WithScaledGradients(inner, factors, pieces)
+            clone.forward = WithScaledGradients(clone, inner, factors, pieces)
         self._add(name, clone)
 
     # ---- what the graph reads itself
@@ -545,6 +548,16 @@ class Lowering:
                     name = self._add(f"sizes.batch_{len(self._modules)}", BatchSize(node.args[3], self._state))
                     new = self._graph.call_module(name)
                 self._take_over(node, new)
+
+    def _seed_constants(self) -> None:
+        """Let random numbers that belong to no layer's piece be the same on every rank."""
+        own = {name for names in self._traced.sizes.values() for name in names}
+        for node in list(self._nodes.values()):
+            if node.name not in own and node.op != "get_attr" and self._is_constant(node) and _is_random(node, None):
+                call = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+                key = shard_key(node.name, self._mesh, 0, ())
+                name = self._add(f"random.{_plain(node.name)}_{len(self._modules)}", Seeded(call, key, self._state))
+                node.op, node.target = "call_module", name
 
     def _count_in_training(self, node: fx.Node) -> None:
         for user in list(node.users):

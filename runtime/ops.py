@@ -82,17 +82,22 @@ class LocalLoss(nn.Module):
 
 
 class WithScaledGradients:
-    """Calls a module whose parameters' gradients are multiplied by factors; replaces its ``forward``.
+    """Calls a module whose parameters' gradients are multiplied by factors; is the ``forward`` of its stand-in.
 
     Args:
-        module: the module.
+        stand_in: the module in the parallel module, whose mode counts.
+        module: the module that is run.
         factors: by the parameters' names.
+        pieces: this rank's parameters and buffers by name.
     """
 
-    def __init__(self, module: nn.Module, factors: dict[str, float], pieces: dict[str, torch.Tensor]) -> None:
-        self._module, self._factors, self._pieces = module, factors, pieces
+    def __init__(
+        self, stand_in: nn.Module, module: nn.Module, factors: dict[str, float], pieces: dict[str, torch.Tensor]
+    ) -> None:
+        self._stand_in, self._module, self._factors, self._pieces = stand_in, module, factors, pieces
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._module.training = self._stand_in.training
         tensors = {name: scaled(piece, self._factors.get(name, 1.0)) for name, piece in self._pieces.items()}
         return torch.func.functional_call(self._module, tensors, args, kwargs)
 

@@ -5,7 +5,7 @@
 tries a handful; without ``--sample`` every model of torchvision and some of every family of timm
 (``coverage_models.py``), each in a process of its own (``coverage_trial.py``). Writes a line for each
 to a CSV file and prints a summary. Needs ``pip install 'layerwise[zoo]'`` and Linux; no weights are
-downloaded, and unless ``--numbers`` is given none are made but where a library needs it.
+downloaded, and unless ``--numbers`` is given none are made. Exits with 1 where a model failed.
 """
 
 import csv
@@ -77,6 +77,8 @@ def main(
         _write(rows, output)
     Console(highlight=False, width=None if Console().is_terminal else 120).print(_summary(rows))
     notes.print(f"wrote {output}")
+    if any(row.result != OK for row in rows):
+        raise typer.Exit(1)
 
 
 def _cases(only: str | None, sample: bool, limit: int | None) -> list[Case]:

@@ -157,6 +157,8 @@ def _dims_of(call: Call, rank: int) -> set[int]:
         rest = [a for a in call.node.args[1:] if isinstance(a, int | tuple | list) and not isinstance(a, bool)]
         place = 1 if call.name in {"roll", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"} else 0
         named = rest[place:] if call.name == "flip" else (rest[place] if len(rest) > place else None)
+    if named is None and call.name in {"softmax", "log_softmax", "softmin"}:
+        named = 0 if rank in {0, 1, 3} else 1  # torch's implicit choice
     if named is None:
         named = _DIMS[call.name] if not isinstance(call.module, nn.Module) else getattr(call.module, "dim", None)
     if named is None:

@@ -57,8 +57,8 @@ def load_model(
             or ``path/to/file.py:callable``. The callable, or the module it returns, may carry an
             ``input_shape``, or ``input_shapes`` for several inputs.
         arguments: keyword arguments of the callable.
-        device: where the weights are made; on ``meta`` they take no memory. A callable that fails
-            there is built on the CPU; a registered name is not.
+        device: where the weights are made; on ``meta`` they take no memory. For a callable that fails
+            there, only its weights are; one that fails then too is built on the CPU.
 
     Raises:
         UnknownNameError: a plain name that is not registered, or one that the library does not know.
@@ -72,12 +72,12 @@ def load_model(
     library, _, name = reference.partition(":")
     if library in zoo.LIBRARIES:
         found = zoo.find(reference, arguments)
-        whole = _call(found.build, reference, arguments, dict.fromkeys((device, "cpu")))
+        whole = _call(found.build, reference, arguments, _ways(device))
         return LoadedModel(found.part(whole), name, reference, found.input_shapes(whole))
     path = Path(place) if place.endswith(".py") else None
     with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
         factory = _find(reference, path or place, attribute)
-        module = _call(factory, reference, arguments, dict.fromkeys((device, "cpu")))
+        module = _call(factory, reference, arguments, _ways(device))
     return LoadedModel(module, attribute, reference, _input_shapes(factory) or _input_shapes(module))
 
 
@@ -126,17 +126,25 @@ def _run_file(path: Path) -> ModuleType:
     return module
 
 
+_META_WEIGHTS = "meta weights"
+
+
+def _ways(device: str) -> tuple[str, ...]:
+    """Return where to build a model, best first; some cannot be built on the meta device."""
+    return ("meta", _META_WEIGHTS, "cpu") if device == "meta" else (device, "cpu")
+
+
 def _call(
     factory: Callable[..., object],
     reference: str,
     arguments: Mapping[str, object],
     devices: Iterable[str],
 ) -> nn.Module:
-    """Return what the callable builds on the first device where it does not raise."""
+    """Return what the callable builds in the first of the ways that does not raise."""
     failure: Exception | None = None
     for device in devices:
         try:
-            with torch.device(device):
+            with _weights_on_meta() if device == _META_WEIGHTS else torch.device(device):
                 module = factory(**arguments)
         except Exception as error:
             _LOGGER.info("model %s cannot be built on %s: %s", reference, device, error)
@@ -149,6 +157,23 @@ def _call(
     raise UsageError(
         f"model {reference!r} called with ({given}) raised {type(failure).__name__}: {failure}"
     ) from failure
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Make parameters without memory, and all else on the CPU: for models that compute their sizes with tensors."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign,assignment]  # put back below
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]  # as it was
 
 
 def _input_shapes(owner: object) -> tuple[Shape, ...]:

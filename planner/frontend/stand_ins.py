@@ -57,6 +57,6 @@ def light_attention(
 ) -> Any:
     """Return what attention gives on meta tensors, where a fused kernel runs it elsewhere; else call it."""
     learned = attn_mask is not None and attn_mask.requires_grad
-    if dropout_p > 0 or learned or query.shape[:-2] != key.shape[:-2]:
+    if query.dim() != 4 or dropout_p > 0 or learned or query.shape[:-2] != key.shape[:-2]:
         return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
     return LightAttention.apply(query, key, value, attn_mask)

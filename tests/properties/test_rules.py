@@ -205,10 +205,10 @@ def batch_norms(draw: Draw) -> Case:
 @st.composite
 def group_norms(draw: Draw) -> Case:
     groups, (samples, channels, *space) = one(draw, 1, 6), image(draw, 2, 2)
+    assume(math.prod(space) > 1)  # torch refuses to normalise single values
     if draw(st.booleans()):
         module: nn.Module = nn.GroupNorm(groups, groups * channels, affine=draw(st.booleans()))
         return Case(wrapped(module), (noise(samples, groups * channels, *space),), ops.GroupNorm)
-    assume(math.prod(space) > 1)
     affine = draw(st.booleans())
     return Case(wrapped(nn.InstanceNorm2d(channels, affine=affine)), (noise(samples, channels, *space),), ops.GroupNorm)
 

@@ -41,6 +41,11 @@ class OtherMeaning(nn.Identity):
 def needs_values() -> nn.Module:
     return nn.Linear(3, int(torch.ones(1).item()))
 
+def needs_weights() -> nn.Module:
+    net = nn.Linear(3, 2)
+    net.norm = float(net.weight.norm())
+    return net
+
 def broken() -> nn.Module:
     raise KeyError("no such layer")
 
@@ -111,9 +116,10 @@ def test_the_module_may_carry_the_input_shape(nets: Path) -> None:
 
 
 @pytest.mark.usefixtures("nets")
-def test_a_callable_that_fails_on_meta_is_built_on_the_cpu() -> None:
+def test_weights_are_made_only_where_a_callable_needs_them() -> None:
     assert device(load_model("nets.py:net")) == "meta"
-    assert device(load_model("nets.py:needs_values")) == "cpu"
+    assert device(load_model("nets.py:needs_values")) == "meta"
+    assert device(load_model("nets.py:needs_weights")) == "cpu"
 
 
 def test_an_unknown_name_is_told_the_closest_ones_and_the_other_forms() -> None:

@@ -46,7 +46,7 @@ def random_plan(planner: Planner, seed: int) -> Plan:
     return planner.plan_of(search, search.forced(search.formulation.layer_choice(tuple(options))))
 
 
-def named(key: str) -> Callable[[str], str]:
+def labelled(key: str) -> Callable[[str], str]:
     return lambda text: f"{key}: {text}"
 
 
@@ -93,13 +93,75 @@ def test_odd_networks_equal_one_device_under_random_plans(
                 atol = rtol * float(expected[key].abs().max()) + least
                 torch.testing.assert_close(
                     parameter.grad, expected[key][parts[key]], rtol=rtol, atol=atol,
-                    msg=named(key),
+                    msg=labelled(key),
                 )  # fmt: skip
         for key, buffer in net.named_buffers():
             whole = buffers[key]
             torch.testing.assert_close(
                 buffer, whole[parts[key]] if key in parts else whole, rtol=rtol, atol=rtol,
-                msg=named(key),
+                msg=labelled(key),
             )  # fmt: skip
 
     run_ranks(build, plan, work)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return self.fc(y)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * (1 + torch.rand(1, device=x.device))
+
+
+def seeded(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return kind()
+
+    return build
+
+
+def planned(kind: type[nn.Module], solver: str) -> tuple[torch.Tensor, Plan]:
+    x = torch.randn(BATCH, 5, 8, generator=torch.Generator().manual_seed(1))
+    machine = machine_of(devices=2)
+    return x, prepare(seeded(kind)(), (x,), machine, Options(solver=solver), Origin()).plan()
+
+
+@pytest.mark.parametrize("solver", ["data", "conv-data-fc-model", "model"])
+def test_what_draws_inside_of_a_module_of_torch_follows_the_mode(solver: str) -> None:
+    x, plan = planned(Attention, solver)
+    expected = seeded(Attention)().eval()(x)
+
+    def work(net: ParallelModule, _: TracedModel, position: int) -> None:
+        part = slice(position * 2, position * 2 + 2)
+        assert not torch.equal(net(x[part]), net(x[part]))
+        net.eval()
+        torch.testing.assert_close(net(x[part]), expected[part])
+
+    run_ranks(seeded(Attention), plan, work)
+
+
+@pytest.mark.parametrize("solver", ["data", "model"])
+def test_a_number_that_is_drawn_for_the_whole_batch_is_the_same_on_every_rank(solver: str) -> None:
+    x, plan = planned(Scaled, solver)
+    plain = seeded(Scaled)().get_submodule("fc")(x)
+
+    def work(net: ParallelModule, _: TracedModel, position: int) -> list[float]:
+        part = slice(position * 2, position * 2 + 2)
+        return [float((net(x[part]) / plain[part]).detach().mean()) for _ in range(3)]
+
+    first, second = run_ranks(seeded(Scaled), plan, work)
+    assert first == pytest.approx(second, rel=1e-5)
+    assert len({round(f, 4) for f in first}) == 3
