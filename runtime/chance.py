@@ -1,6 +1,7 @@
 """Operators that draw random numbers: replicas draw the same ones, other pieces others."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from planner.ir import ops as ir
 from planner.ir.mesh import Mesh
 from runtime.communicator import Axes
 from runtime.state import StepState
+
+_GENERATOR = threading.Lock()
+"""torch's own generator is one for all threads of a process; ranks may be threads."""
 
 
 class Dropout(nn.Module):
@@ -59,9 +63,17 @@ class Seeded(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
-        with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+        with _GENERATOR, torch.random.fork_rng(devices=sorted(d.index for d in devices)):
             torch.manual_seed(self._state.seed_of(self._key))
-            return self.call(*args, **kwargs)
+            return self.call(*args, **(kwargs if self.training else _without_chance(kwargs)))
+
+
+def _without_chance(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function as they are in evaluation; the graph was traced in training."""
+    quiet: dict[str, Any] = {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+    if "training" in kwargs:
+        quiet["training"] = False
+    return kwargs | quiet
 
 
 def shard_key(name: str, mesh: Mesh, position: int, axes: Axes) -> int:

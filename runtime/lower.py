@@ -30,8 +30,8 @@ from planner.plan.schema import Plan
 from runtime.chance import Dropout, Seeded, shard_key
 from runtime.communicator import Axes
 from runtime.exchange import Conversion
-from runtime.norms import BatchNorm, CountBatches, Normalise
-from runtime.ops import LocalLoss, Redistribution, WithScaledGradients, reshape_piece, written_items
+from runtime.norms import BatchNorm, Normalise
+from runtime.ops import InTraining, LocalLoss, Redistribution, WithScaledGradients, reshape_piece, written_items
 from runtime.params import LocalParameters
 from runtime.products import Bias, OfArguments, Product, ProductCall, scaled
 from runtime.state import BatchSize, StepState
@@ -55,6 +55,7 @@ class Lowered:
         synchronised: name, parameter and axes of every parameter whose gradient is reduced, in the
             order in which backward makes the gradients ready.
         replicas: by identity of a local parameter, how many ranks hold the same piece.
+        pieces: local parameters by identity of the whole ones.
     """
 
     graph: fx.Graph
@@ -62,6 +63,7 @@ class Lowered:
     transient: tuple[str, ...]
     synchronised: list[tuple[str, nn.Parameter, Axes]]
     replicas: dict[int, int]
+    pieces: dict[int, nn.Parameter]
 
 
 def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
@@ -137,9 +139,8 @@ class Lowering:
         self._seed_constants()
         self._graph.lint()
         ready = list(reversed(self._params.synchronised.values()))
-        return Lowered(
-            self._graph, {**self._modules, **self._attributes}, self._transient(), ready, self._params.replicas
-        )  # fmt: skip
+        state, params = {**self._modules, **self._attributes}, self._params
+        return Lowered(self._graph, state, self._transient(), ready, params.replicas, params.pieces)
 
     # ---- layers
 
@@ -288,7 +289,7 @@ class Lowering:
         if module is not None:
             drawn = module if "forward" in vars(module) else copy.copy(module)  # the user's own module stays
             own = vars(module).get("forward") or types.MethodType(type(module).forward, drawn)
-            drawn.forward = Seeded(own, key, self._state)
+            vars(drawn)["forward"] = Seeded(own, key, self._state)  # no submodule, though it is a module
             self._modules[str(node.target)] = drawn
             return
         name = self._add(f"random.{_plain(node.name)}_{len(self._modules)}", Seeded(call, key, self._state))
@@ -536,8 +537,20 @@ class Lowering:
                     with self._graph.inserting_after(node):
                         new = self._graph.call_function(scaled, (node, factor))
                     node.replace_all_uses_with(new, lambda user, new=new: user is not new)
-            if path.endswith("num_batches_tracked"):
-                self._count_in_training(node)
+            if not isinstance(tensor, nn.Parameter) and path not in self._traced.written_in_evaluation:
+                self._write_in_training(node)
+
+    def _write_in_training(self, node: fx.Node) -> None:
+        """Let what writes into a buffer in training only do so: the graph is that of training."""
+        for user in list(node.users):
+            calls = user.op in {"call_function", "call_method"}
+            if not calls or not is_in_place(user, None) or user.args[0] is not node:
+                continue
+            target: Any = user.target
+            call: Any = getattr(torch.Tensor, target) if user.op == "call_method" else target
+            user.op = "call_module"
+            user.target = self._add(f"writes.{_plain(user.name)}_{len(self._modules)}", InTraining(call))
+            self._write_in_training(user)  # x.mul_(a).add_(b)
 
     def _bind_global_sizes(self) -> None:
         """Let sizes that belong to no layer's piece be those of the whole batch."""
@@ -559,12 +572,6 @@ class Lowering:
                 name = self._add(f"random.{_plain(node.name)}_{len(self._modules)}", Seeded(call, key, self._state))
                 node.op, node.target = "call_module", name
 
-    def _count_in_training(self, node: fx.Node) -> None:
-        for user in list(node.users):
-            if function_name(user) == "add_":
-                name = self._add(f"norms.count_{len(self._modules)}", CountBatches())
-                user.op, user.target, user.args, user.kwargs = "call_module", name, (node,), {}
-
     def _transient(self) -> tuple[str, ...]:
         """Return the names of read tensors that are no part of the user's state dict."""
         kept = set(self._model.state_dict(keep_vars=True))
@@ -581,11 +588,18 @@ def _samples(spec: TensorSpec) -> tuple[int, int] | None:
     return None if spec.sample_dim is None else (spec.sample_dim, spec.sample_rows)
 
 
+_DRAWING = (
+    nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.RReLU
+    | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d
+)  # fmt: skip
+
+
 def _is_random(node: fx.Node, module: nn.Module | None) -> bool:
     """Return whether a call draws random numbers."""
     if module is not None:
-        rate = getattr(module, "dropout", 0)
-        return isinstance(module, nn.RReLU | nn.AlphaDropout) or (isinstance(rate, int | float) and rate > 0)
+        rates = [getattr(part, "dropout", 0) for part in module.modules()]
+        drops = any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+        return drops or any(isinstance(part, _DRAWING) for part in module.modules())
     drops = any(isinstance(v, float) and v > 0 for k, v in node.kwargs.items() if "dropout" in k)
     return plain_name(node) in RANDOM or drops
 

@@ -98,13 +98,6 @@ class BatchNorm(Normalise):
         return self.normalised(x, self.running_mean, self.running_var, weight, bias, momentum or 0.0)
 
 
-class CountBatches(nn.Module):
-    """Counts training steps in a buffer, where a model's own batch norm does so in its ``forward``."""
-
-    def forward(self, count: torch.Tensor) -> torch.Tensor:
-        return count.add_(1) if self.training else count
-
-
 class _GlobalBatchNorm(torch.autograd.Function):
     """Statistics by one all-gather of (mean, squared deviations, count), joined as in [Chan79]."""
 

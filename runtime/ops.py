@@ -81,6 +81,21 @@ class LocalLoss(nn.Module):
         return resolved
 
 
+class InTraining(nn.Module):
+    """Writes into a buffer in training only; the graph was traced in training.
+
+    Args:
+        call: writes into its first argument and returns it.
+    """
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._call = call
+
+    def forward(self, buffer: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._call(buffer, *args, **kwargs) if self.training else buffer
+
+
 class WithScaledGradients:
     """Calls a module whose parameters' gradients are multiplied by factors; is the ``forward`` of its stand-in.
 

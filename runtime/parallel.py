@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from planner.errors import MismatchError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
-from planner.frontend.trace import empty_inputs
+from planner.frontend.prepare import buffers_written
+from planner.frontend.trace import empty_inputs, trace
 from planner.ir.layout import balanced_pieces
 from planner.ir.rules import InputOutput
 from planner.plan.check import refuse_other_model
@@ -147,6 +149,9 @@ def trace_for(model: nn.Module, plan: Plan) -> TracedModel:
     inputs, keywords = empty_inputs(plan.model.inputs)
     traced = trace_layers(model, inputs, plan.model.name, keywords=keywords)
     refuse_other_model(plan, traced.layers)
+    if any(not name.endswith("num_batches_tracked") for name in buffers_written(traced.graph)):
+        evaluation = trace(model, inputs, keywords, training=False)
+        traced = replace(traced, written_in_evaluation=buffers_written(evaluation))
     return traced
 
 
@@ -163,6 +168,7 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     for name in lowered.transient:
         path, _, own = name.rpartition(".")
         module.get_submodule(path)._non_persistent_buffers_set.add(own)
+    _add_unused(module, model, lowered.pieces)
     module.plan, module._state = plan, state
     module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
     module._replicas = lowered.replicas
@@ -171,3 +177,21 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     for name, part in module.named_modules():
         part.training = modes.get(name, model.training)
     return module
+
+
+def _add_unused(module: nn.Module, model: nn.Module, pieces: Mapping[int, nn.Parameter]) -> None:
+    """Register what ``forward`` does not read, and further names of what it reads, so that no name is missing."""
+    known = module.state_dict(keep_vars=True)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in known or not isinstance(tensor, torch.Tensor):
+            continue
+        path, _, own = name.rpartition(".")
+        holder: nn.Module = module
+        for part in path.split(".") if path else ():
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(own, pieces.get(id(tensor), tensor))
+        else:
+            holder.register_buffer(own, tensor)

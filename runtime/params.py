@@ -50,6 +50,7 @@ class LocalParameters:
         gradient_scale: by which every gradient inside the network is larger than that of the mean loss.
         synchronised: by identity of a local parameter: name, parameter and the axes to reduce over.
         replicas: by identity of a local parameter, how many ranks hold the same piece.
+        pieces: local parameters by identity of the whole ones; tied layers share one piece.
         factors: by name, by which a parameter's gradient is multiplied.
     """
 
@@ -63,7 +64,7 @@ class LocalParameters:
     ) -> None:
         self._names = parameter_names(model)
         self._layers, self._layouts, self._mesh, self._position = layers, layouts, mesh, position
-        self._pieces: dict[int, nn.Parameter] = {}  # by the whole parameter: tied layers share one piece
+        self.pieces: dict[int, nn.Parameter] = {}
         self.synchronised: dict[int, tuple[str, nn.Parameter, Axes]] = {}
         self.replicas: dict[int, int] = {}
         self.factors: dict[str, float] = {}
@@ -96,7 +97,7 @@ class LocalParameters:
         if not isinstance(tensor, nn.Parameter):
             return local_piece(tensor, layout, self._position), 1.0
         axes = layout.axes_with(Whole.SHARED)
-        piece = self._pieces.setdefault(id(tensor), local_parameter(tensor, layout, self._position))
+        piece = self.pieces.setdefault(id(tensor), local_parameter(tensor, layout, self._position))
         self.replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
         if axes and tensor.requires_grad:
             self.synchronised[id(piece)] = (name, piece, axes)

@@ -6,6 +6,7 @@ node that reads the batch of the tensors at hand, and the graph is right for eve
 that is not right for every batch (``n - 1``, ``1 / n``) is refused.
 """
 
+import operator
 import os
 import sys
 import traceback
@@ -77,31 +78,31 @@ class BatchSize(int):
         return self if type(other) is int and other == 0 else self._refuse("-", other)
 
     def __eq__(self, other: object) -> bool:
-        return self._compared("==", other, int.__eq__)
+        return self._compared("==", other, operator.eq)
 
     def __ne__(self, other: object) -> bool:
-        return not self._compared("!=", other, int.__eq__)
+        return not self._compared("!=", other, operator.eq)
 
     def __lt__(self, other: int) -> bool:
-        return self._compared("<", other, int.__lt__)
+        return self._compared("<", other, operator.lt)
 
     def __le__(self, other: int) -> bool:
-        return self._compared("<=", other, int.__le__)
+        return self._compared("<=", other, operator.le)
 
     def __gt__(self, other: int) -> bool:
-        return self._compared(">", other, int.__gt__)
+        return self._compared(">", other, operator.gt)
 
     def __ge__(self, other: int) -> bool:
-        return self._compared(">=", other, int.__ge__)
+        return self._compared(">=", other, operator.ge)
 
     def __hash__(self) -> int:
         return hash(int(self))
 
-    def _compared(self, symbol: str, other: object, compare: Callable[[int, int], bool]) -> bool:
+    def _compared(self, symbol: str, other: object, compare: Callable[[Any, Any], bool]) -> bool:
         """Compare with another size of the batch, or where every batch gives the same answer."""
         if isinstance(other, BatchSize):
             return compare(int(self), int(other))
-        if not isinstance(other, int):
+        if not isinstance(other, int | float):
             return False
         least = int(self) // PROBE
         if compare(least, other) != compare(least << 40, other) or (symbol in {"==", "!="} and other >= least):

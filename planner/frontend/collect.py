@@ -10,7 +10,7 @@ from planner.frontend.counting import flop_of
 from planner.frontend.drafts import Draft, Drafts, name_in_model, outputs, readers
 from planner.frontend.parameters import add_parameters, parameter_names
 from planner.frontend.recognize import recognize
-from planner.frontend.samples import MIXED, Samples, differs_by_sample, mixed_if_grown, roles_of, samples_of
+from planner.frontend.samples import MIXED, Samples, differs_by_sample, roles_of, samples_of, samples_of_nothing
 from planner.ir import ops
 from planner.ir.dimension import Dimension
 from planner.ir.tensor import TensorSpec
@@ -68,7 +68,7 @@ class Collector:
             found.constant.add(node)
             return
         op = self._operator(call, data)
-        samples = samples_of(call, op, [(n, found.samples[n]) for n in data]) if data else mixed_if_grown(call)
+        samples = samples_of(call, op, [(n, found.samples[n]) for n in data]) if data else samples_of_nothing(call)
         if samples is MIXED or (samples is None and not isinstance(op, ops.Loss)):
             op = op if isinstance(op, ops.PerSample) else self._per_sample(call)  # run whole
         found.place(node, samples, roles_of(op, [found.specs[n] for n in data], call.shape, samples))

@@ -33,6 +33,8 @@ class TracedModel:
         sizes: of every layer, the names of the nodes in front of them that depend on the sizes of the
             layer's own piece of the batch: size literals, class tokens repeated for each sample.
         keywords: names of the inputs that are passed by keyword.
+        written_in_evaluation: buffers that the model writes into in evaluation too; only looked for where a
+            plan is run (``runtime.parallel.trace_for``).
         traced_by: ``fx`` (the concrete tracer) or ``export`` (``torch.export``, the fallback).
     """
 
@@ -42,6 +44,7 @@ class TracedModel:
     sizes: Mapping[LayerId, tuple[str, ...]] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
     traced_by: str = "fx"
+    written_in_evaluation: frozenset[str] = frozenset()
 
 
 def trace_layers(

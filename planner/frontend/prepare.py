@@ -76,3 +76,16 @@ def _by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
         if isinstance(value, torch.Tensor):
             found.setdefault(value.untyped_storage()._cdata, []).append(node)
     return found
+
+
+def buffers_written(graph: fx.Graph) -> frozenset[str]:
+    """Return the names of the buffers that a graph writes into in place, torch's own layers left out."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        source = node.args[0] if node.args else None
+        while isinstance(source, fx.Node) and source.op != "get_attr" and is_in_place(source, None):
+            source = source.args[0]
+        calls = node.op in {"call_function", "call_method"} and is_in_place(node, None)
+        if calls and isinstance(source, fx.Node) and source.op == "get_attr":
+            found.add(str(source.target))
+    return frozenset(found)

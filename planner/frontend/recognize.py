@@ -42,7 +42,7 @@ _MODULE_LOSSES: Final = {
     "BCEWithLogitsLoss": "binary_cross_entropy_with_logits", "SoftMarginLoss": "soft_margin_loss",
 }  # fmt: skip
 _REDUCTIONS: Final = frozenset({
-    "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "prod", "std", "var", "norm", "all",
+    "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "logsumexp", "prod", "std", "var", "all",
     "any", "median",
 })  # fmt: skip
 
@@ -70,7 +70,8 @@ def _of_module(call: Call) -> ops.Op | None:  # noqa: C901, PLR0911, PLR0912  # 
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() | nn.Linear() if _has_plain_weight(module):
             return _product(module, len(call.source))
         case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d() if _has_plain_weight(module):
-            return _transposed(module) if len(call.node.args) == 1 and len(call.source) == rank else None
+            plain = len(call.node.args) == 1 and not call.node.kwargs and len(call.source) == rank
+            return _transposed(module) if plain else None
         case _BatchNorm():
             return ops.BatchNorm(call.shape[1], module.eps, module.momentum)
         case nn.GroupNorm():

@@ -12,10 +12,11 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from planner.errors import TraceError
 from planner.frontend.batch import PROBE
-from planner.frontend.calls import Call, shape_of
+from planner.frontend.calls import RANDOM, Call, shape_of
 from planner.ir import ops
 from planner.ir.dimension import SPACE, Dimension, Roles, image_roles
 from planner.ir.tensor import DType, TensorSpec
@@ -43,7 +44,8 @@ _BY_POSITION = (
 )  # fmt: skip
 """Operators that take the first dimension for the samples, whatever it holds."""
 _RECURRENT_OR_ATTENTION = (
-    nn.RNNBase | nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+    nn.RNNBase | nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.TransformerEncoder
+    | nn.TransformerDecoder | nn.Transformer
 )  # fmt: skip
 _LAST_TWO = (-2, -1)
 _EVERY = None
@@ -96,15 +98,18 @@ def samples_of(call: Call, op: ops.Op, inputs: list[tuple[fx.Node, Samples | Non
     return Samples(dim, call.shape[dim] // PROBE)
 
 
-def mixed_if_grown(call: Call) -> Samples | None:
-    """Return ``MIXED`` for a result that grows with the batch without being computed from samples."""
-    return MIXED if any(size % PROBE == 0 and size for size in call.shape) else None
+def samples_of_nothing(call: Call) -> Samples | None:
+    """Return how a result holds the samples that is not computed from any: drawn for each, or ``MIXED``."""
+    grown = [d for d, size in enumerate(call.shape) if size % PROBE == 0 and size]
+    if len(grown) == 1 and call.name in RANDOM:
+        return Samples(grown[0], call.shape[grown[0]] // PROBE)
+    return MIXED if grown else None
 
 
 def differs_by_sample(call: Call) -> bool:
-    """Return whether a function of constants gives other values for other samples, so that it cannot be cut."""
+    """Return whether a function of constants gives other values for other samples, so that it has to be one layer."""
     grown = [d for d, size in enumerate(call.shape) if size % PROBE == 0 and size]
-    return len(grown) > 1 or (bool(grown) and call.name in _NUMBERED)
+    return len(grown) > 1 or (bool(grown) and call.name in _NUMBERED | RANDOM)
 
 
 def _mixes(call: Call, op: ops.Op, source: Shape, before: int, dim: int) -> bool:  # noqa: PLR0911  # a table of kinds
@@ -118,8 +123,10 @@ def _mixes(call: Call, op: ops.Op, source: Shape, before: int, dim: int) -> bool
         dim: the one of the result that has their number.
     """
     if isinstance(call.module, _RECURRENT_OR_ATTENTION):
-        first = getattr(call.module, "batch_first", False)
+        first = next((m.batch_first for m in call.module.modules() if hasattr(m, "batch_first")), False)
         return before != (0 if first else 1)
+    if isinstance(call.module, _InstanceNorm) and call.module.track_running_stats:
+        return True  # its statistics are means over the batch
     match op:
         case _ if isinstance(op, _BY_POSITION):
             return before != 0

@@ -135,6 +135,8 @@ class _Tracer(fx.Tracer):
         proxy.node.meta.update(
             val=value, scope=self.scope.module_path, origin=origin_of_call(), saved=tuple(self._saved)
         )
+        if kind == "call_module" and not torch.is_grad_enabled() and isinstance(value, torch.Tensor):
+            return self.create_proxy("call_method", "detach", (proxy,), {})  # its parameters have a history
         return proxy
 
     def _detached(self, argument: Any) -> Any:

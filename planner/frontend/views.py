@@ -11,8 +11,8 @@ from planner.ir import ops
 _RESHAPES: Final = frozenset({"reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"})
 _SLICES: Final = frozenset({"chunk", "split", "unbind", "tensor_split", "narrow", "select", "glu"})
 _ALONG_ONE: Final = frozenset({
-    "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "normalize", "logcumsumexp", "index_select",
-    "gather", "repeat_interleave", "softmin",
+    "cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "normalize", "logcumsumexp", "repeat_interleave",
+    "softmin",
 })  # fmt: skip
 
 
