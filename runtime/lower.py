@@ -31,8 +31,9 @@ from runtime.chance import Dropout, Seeded, shard_key
 from runtime.communicator import Axes
 from runtime.exchange import Conversion
 from runtime.norms import BatchNorm, Normalise
-from runtime.ops import InTraining, LocalLoss, Redistribution, WithScaledGradients, reshape_piece, written_items
+from runtime.ops import InTraining, LocalLoss, Redistribution, WithScaledGradients, written_items
 from runtime.params import LocalParameters
+from runtime.pieces import Piece, broadcast_index, on_piece
 from runtime.products import Bias, OfArguments, Product, ProductCall, scaled
 from runtime.state import BatchSize, StepState
 
@@ -241,7 +242,7 @@ class Lowering:
             case ir.GroupNorm() if self._is_cut(layer):
                 return self._group_norm(layer, node, op, original)
             case ir.Reshape() if self._is_cut(layer):
-                return self._reshape(layer, node)
+                return self._on_piece(layer, node, op)
             case ir.Elementwise("identity") if _reshapes(node, original):
                 return self._swap_call(node, torch.Tensor.contiguous)  # its sizes are those of the whole batch
             case _:
@@ -309,20 +310,14 @@ class Lowering:
         """Let an operator on a piece read the same piece of the constants that it is broadcast with."""
         if not self._is_cut(layer):
             return
-        layout, spec = self._layouts[layer.id].output, layer.output
-        region = layout.region(self._state.communicator.position)
         for source in list(dict.fromkeys(tensor_inputs(node))):
-            value = source.meta["val"]
             if not self._is_constant(source):
                 continue
-            index: list[slice] = []
-            for dim in range(-value.dim(), 0):
-                whole = dim + len(spec.shape)
-                cut = whole >= 0 and whole != spec.sample_dim and layout.axes_of(whole) and value.shape[dim] > 1
-                index.append(slice(region.start[whole], region.stop[whole]) if cut else slice(None))
+            value = source.meta["val"]
+            index = broadcast_index(value.shape, self._piece(layer))
             if any(i != slice(None) for i in index):
                 with self._graph.inserting_before(node):
-                    part = self._graph.call_function(operator.getitem, (source, tuple(index)))
+                    part = self._graph.call_function(operator.getitem, (source, index))
                 part.meta["val"] = value
                 node.replace_input_with(source, part)
 
@@ -342,20 +337,25 @@ class Lowering:
         self._graph.erase_node(node)
         return new
 
-    def _reshape(self, layer: Layer, node: fx.Node) -> fx.Node:
-        """Reshape a piece: its sizes are not those that the user wrote."""
-        region = self._layouts[layer.id].output.region(self._state.communicator.position)
-        source, dim = self._traced.layers.inputs_of(layer)[0], layer.output.sample_dim
-        samples = _samples(source) or (0, 1)
-        ratio = (*samples, layer.output.sample_rows)
-        return self._swap_call(node, reshape_piece, list(region.shape), dim, ratio)
+    def _piece(self, layer: Layer) -> Piece:
+        """Return what this rank reads of a layer and what its consumers see."""
+        mine, position = self._layouts[layer.id], self._state.communicator.position
+        sources = tuple(layout.region(position) for layout in mine.inputs)
+        inputs = self._traced.layers.inputs_of(layer)
+        return Piece(inputs, sources, layer.output, mine.output.region(position))
+
+    def _on_piece(self, layer: Layer, node: fx.Node, op: ir.Op, *arguments: Any) -> fx.Node:
+        """Replace an operator by its version for this rank's piece."""
+        call = OfArguments(
+            on_piece(op, self._piece(layer), torch.clone)
+        )  # it has a local form: the whole is not called
+        name = self._add(f"pieces.{_plain(node.name)}_{len(self._modules)}", call)
+        with self._graph.inserting_after(node):
+            new = self._graph.call_module(name, (tensor_inputs(node)[0], *arguments))
+        return self._take_over(node, new)
 
     def _group_norm(self, layer: Layer, node: fx.Node, op: ir.GroupNorm, original: nn.Module | None) -> fx.Node:
         """Normalise a piece of whole groups."""
-        layout = self._layouts[layer.id].output
-        region = layout.region(self._state.communicator.position)
-        groups = op.groups * region.shape[1] // op.channels
-        channels = slice(region.start[1], region.stop[1])
         call = Call.of(node, self._model)
         weight: Any = None
         bias: Any = None
@@ -374,9 +374,7 @@ class Lowering:
                 running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
                 eps=1e-5,
             )  # fmt: skip
-        with self._graph.inserting_before(node):
-            pieces = [t and self._graph.call_function(operator.getitem, (t, channels)) for t in (weight, bias)]
-        return self._swap_call(node, torch.nn.functional.group_norm, groups, *pieces, eps)
+        return self._on_piece(layer, node, op, weight, bias, eps)
 
     def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout) -> fx.Node:
         axes = self._cut_axes(layer, op.unit)

@@ -11,7 +11,7 @@ Shapes: N samples, C channels, ... space or nothing.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,9 @@ def on_piece(op: ir.Op, at: Piece, whole: Local) -> Local:  # noqa: C901, PLR091
         case ir.Reshape():
             return functools.partial(_reshaped, at)
         case ir.Elementwise():
-            return lambda *xs, **constants: whole(*xs, **{k: broadcast_piece(c, at) for k, c in constants.items()})
+            return lambda *xs, **constants: whole(
+                *xs, **{k: c[broadcast_index(c.shape, at)] for k, c in constants.items()}
+            )
         case ir.Loss(reduction="mean"):
             return _mean_loss(at, whole)
         case _:
@@ -304,14 +306,15 @@ def _reshaped(at: Piece, x: torch.Tensor) -> torch.Tensor:
     return reshape_piece(x, list(at.region.shape), at.output.sample_dim, ratio)
 
 
-def broadcast_piece(constant: torch.Tensor, at: Piece) -> torch.Tensor:
-    """Return the part of a whole tensor that is broadcast with the piece; samples as they are."""
-    index = [slice(None)] * constant.dim()
-    for own, size in enumerate(constant.shape):
-        dim = own - constant.dim() + len(at.output.shape)
-        if size > 1 and dim != at.output.sample_dim:
+def broadcast_index(shape: Sequence[int], at: Piece) -> tuple[slice, ...]:
+    """Return which part of a whole tensor is broadcast with the piece; samples as they are."""
+    index = [slice(None)] * len(shape)
+    for own, size in enumerate(shape):
+        dim = own - len(shape) + len(at.output.shape)
+        whole = (at.region.start[dim], at.region.stop[dim]) == (0, at.output.shape[dim])
+        if size > 1 and dim != at.output.sample_dim and not whole:
             index[own] = slice(at.region.start[dim], at.region.stop[dim])
-    return constant[tuple(index)]
+    return tuple(index)
 
 
 def _mean_loss(at: Piece, whole: Local) -> Local:
