@@ -36,7 +36,7 @@ def show(
     terminal.out.print(tables.bound_sentence(totals.step_s, bound_s))
     for sentence in tables.standing_sentences(rows, bound_s):
         terminal.out.print(sentence)
-    terminal.out.print(tables.measured_sentence(totals.compute_s, totals.estimated_s))
+    terminal.out.print(tables.source_sentence(totals))
 
 
 def check(

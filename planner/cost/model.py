@@ -21,7 +21,7 @@ from planner.ir.rules import LayerLayouts, layouts, reduced_axes
 from planner.ir.split import LayerId, Split
 from planner.ir.tensor import DType
 from planner.profile.key import LocalLayer
-from planner.profile.table import ProfileTable
+from planner.profile.table import ProfileTable, Source
 
 Seconds = NDArray[np.float64]
 Axes = tuple[int, ...]
@@ -57,7 +57,7 @@ class LayerCost:
         sync: bytes of gradients to reduce, by the mesh axes they are reduced over.
         update_s: optimizer step.
         memory: bytes.
-        measured: the compute times were measured.
+        source: where the compute times are from.
     """
 
     forward_s: float
@@ -67,7 +67,7 @@ class LayerCost:
     sync: Mapping[Axes, int]
     update_s: float
     memory: LayerBytes
-    measured: bool
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class CostModel:
             forward + forward_norm, backward + backward_norm,
             _gradient_bytes(layer, found.params),
             self.profile.roofline.update_s(trainable * update_passes(self.settings.optimizer)),
-            memory, time.measured,
+            memory, time.source,
         )  # fmt: skip
 
     def _statistics(self, layer: Layer, output: Layout) -> tuple[Price, Price]:

@@ -6,12 +6,13 @@ backward; those that share links (any two groups, here) run one after the other.
 starts when backward and all reductions have ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.cost.model import Axes
 from planner.cost.table import CostTable
 from planner.ir.bucket import fill_buckets
+from planner.profile.table import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Timeline:
         blocking_s: communication that compute waits for.
         sync_s: gradient reductions, hidden or not.
         exposed_s: communication that is not hidden behind compute.
-        measured_s: the part of compute that rests on measurements of single layers.
+        source_s: forward and backward compute by where the seconds are from.
         communication_bytes: sent by the busiest rank.
         memory_bytes: safe bound of the peak on the busiest device.
         layers: of every layer, in graph order.
@@ -56,7 +57,7 @@ class Timeline:
     blocking_s: float
     sync_s: float
     exposed_s: float
-    measured_s: float
+    source_s: Mapping[Source, float]
     communication_bytes: float
     memory_bytes: int
     layers: tuple[LayerTimes, ...]
@@ -165,7 +166,7 @@ class _Simulation:
             blocking_s=sum(blocking),
             sync_s=total_sync_s,
             exposed_s=sum(blocking) + exposed_sync_s,
-            measured_s=sum(c.forward_s + c.backward_s for c in costs if c.measured),
+            source_s={s: sum(c.forward_s + c.backward_s for c in costs if c.source is s) for s in Source},
             communication_bytes=sent,
             memory_bytes=sum(c.memory.resident for c in costs) + max(c.memory.transient for c in costs),
             layers=layers,

@@ -25,6 +25,7 @@ from planner.plan.schema import (
     StagePart,
     TotalsPart,
 )
+from planner.profile.table import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
         )],
         totals=TotalsPart(
             step_s=timeline.step_s, samples_per_s=graph.batch / timeline.step_s, compute_s=timeline.compute_s,
-            exposed_s=timeline.exposed_s, estimated_s=max(timeline.compute_s - timeline.measured_s, 0.0),
+            exposed_s=timeline.exposed_s,
+            measured_s=timeline.source_s[Source.MEASURED], fitted_s=timeline.source_s[Source.FITTED],
+            data_sheet_s=timeline.source_s[Source.DATA_SHEET],
             communication_bytes=timeline.communication_bytes, memory_bytes=timeline.memory_bytes,
         ),
         baselines=[

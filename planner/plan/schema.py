@@ -125,13 +125,19 @@ class SchedulePart(StrictModel):
 
 
 class TotalsPart(StrictModel):
-    """The predicted step. ``estimated_s`` is the part of compute that no measurement of a layer backs."""
+    """The predicted step; forward and backward compute by where its seconds are from.
+
+    ``measured_s``: of layers that were timed; ``fitted_s``: of a roofline fitted to measurements; ``data_sheet_s``: of
+    a roofline of data-sheet rates.
+    """
 
     step_s: StepSeconds
     samples_per_s: Annotated[float, Field(ge=0)]
     compute_s: Seconds
     exposed_s: Seconds
-    estimated_s: Seconds
+    measured_s: Seconds
+    fitted_s: Seconds
+    data_sheet_s: Seconds
     communication_bytes: Annotated[float, Field(ge=0)]
     memory_bytes: Bytes
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from planner.ir.canonical import sha256_of
 from planner.profile.key import LocalLayer
@@ -24,13 +25,27 @@ class Measurement:
     num_samples: int
 
 
+class Source(StrEnum):
+    """Where the compute time of a layer is from."""
+
+    MEASURED = "measured"
+    FITTED = "fitted"
+    DATA_SHEET = "data_sheet"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """Seconds of one layer on one device, and whether they were measured."""
+    """Seconds of one layer on one device, and where they are from.
+
+    Attributes:
+        forward_s: of the forward pass.
+        backward_s: of the gradients of inputs and parameters together.
+        source: measured on the device, fitted to its measurements, or read off its data sheet.
+    """
 
     forward_s: float
     backward_s: float
-    measured: bool
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +66,10 @@ class ProfileTable:
         """Return the time of a layer: the measured one where there is one."""
         found = self.layers.get(local.key) if self.layers else None
         if found is not None:
-            return LayerTime(found.forward_s, found.backward_s, measured=True)
+            return LayerTime(found.forward_s, found.backward_s, Source.MEASURED)
         forward_s, backward_s = self.roofline.seconds(local.op.kind, local.work(), local.dtype)
-        return LayerTime(forward_s, backward_s, measured=False)
+        source = Source.FITTED if self.roofline.measured else Source.DATA_SHEET
+        return LayerTime(forward_s, backward_s, source)
 
     @property
     def digest(self) -> str:

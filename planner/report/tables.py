@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner.plan.schema import LayerPart, Plan
+from planner.plan.schema import LayerPart, Plan, TotalsPart
 from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -173,15 +173,17 @@ def bound_sentence(step_s: float, lower_bound_s: float) -> str:
     )
 
 
-def measured_sentence(compute_s: float, estimated_s: float) -> str:
-    """Return how much of the predicted compute time was measured."""
-    share = 1 - estimated_s / compute_s if compute_s else 0.0
-    if share <= 0:
-        return "Measured: nothing; all compute times are estimated from the device's rates."
-    return (
-        f"Measured: {percent(share)} of the compute time rests on measured layers; "
-        "the rest is estimated from the device's rates."
-    )
+def source_sentence(totals: TotalsPart) -> str:
+    """Return where the predicted compute time is from."""
+    parts = {
+        "measured layer by layer": totals.measured_s,
+        "from a roofline fitted to measurements": totals.fitted_s,
+        "from a roofline of data-sheet rates": totals.data_sheet_s,
+    }
+    total = sum(parts.values())
+    if not total:
+        return "Compute: none."
+    return "Compute: " + ", ".join(f"{percent(part / total)} {name}" for name, part in parts.items() if part) + "."
 
 
 def standing_sentences(rows: Sequence[StrategyRow], lower_bound_s: float) -> tuple[str, ...]:

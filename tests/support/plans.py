@@ -31,7 +31,8 @@ def document() -> Json:
         }],
         "totals": {
             "step_s": 0.004, "samples_per_s": 2000.0, "compute_s": 0.003, "exposed_s": 0.001,
-            "estimated_s": 0.0015, "communication_bytes": 4096.0, "memory_bytes": 3 * 2**20,
+            "measured_s": 0.0015, "fitted_s": 0.0005, "data_sheet_s": 0.001, "communication_bytes": 4096.0,
+            "memory_bytes": 3 * 2**20,
         },
         "baselines": [
             {"name": "data", "step_s": 0.005, "exposed_s": 0.002, "communication_bytes": 8192.0,
