@@ -1,22 +1,26 @@
 """The whole way in a few functions: trace, price, search, plan; and the comparison of strategies."""
 
+import json
 import logging
+import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from planner.cost.memory import Optimizer
-from planner.cost.model import CostModel, Settings
+from planner.cost.model import CostModel, LayerCost, Settings
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
+from planner.devices.files import profiles_path
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import cluster as find_cluster
-from planner.devices.library import equal_devices
+from planner.devices.library import device_kinds, equal_devices
+from planner.devices.schema import DeviceKind
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.source import load_model
@@ -24,12 +28,16 @@ from planner.frontend.trace import NO_KEYWORDS, empty_inputs
 from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh
 from planner.ir.rules import InputOutput
+from planner.ir.split import Split
 from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_plan
 from planner.plan.check import refuse_other_model
 from planner.plan.schema import InputTensor, Plan
+from planner.profile.file import read_profile
+from planner.profile.key import LocalLayer, PieceKey
 from planner.profile.roofline import Roofline
-from planner.profile.table import ProfileTable
+from planner.profile.shipped import profiles_for, with_profiles
+from planner.profile.table import Measurement, ProfileTable
 from planner.search.auto import SOLVERS, Planned, Search
 from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits
@@ -43,6 +51,11 @@ _log = logging.getLogger(__name__)
 
 MEASURE_TIMEOUT_S = 600.0
 """For the processes that time layers and links."""
+
+PROFILE_TIMEOUT_S = 86_400.0
+"""For timing all layers of a model."""
+MEASURE_TARGET_S = 1.0
+"""Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
 
 MAX_MESHES = 6
 """Candidate meshes that are searched: whole levels first, then their factorings."""
@@ -72,6 +85,7 @@ class Options:
         dimensions: that may be split.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
         time_limit_s: for the integer program and for further candidate meshes.
+        memory_format: ``contiguous`` or ``channels_last``: which measured layers are looked up.
     """
 
     solver: str = "auto"
@@ -83,6 +97,7 @@ class Options:
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
     mesh: str | None = None
     time_limit_s: float = 60.0
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +114,36 @@ def machine_of(
     cluster: str | Path | DeviceGraph | None = None,
     devices: int | None = None,
     precision: str = "fp32",
+    profile: str | Path | None = None,
 ) -> Machine:
     """Return a machine: exactly one of a cluster (name, path or graph; ``local-N`` is this host) and a number.
 
+    Layers are priced by the device profile given, else by the shipped ones of the (slowest) device's kind, else by its
+    data sheet; ``local-N`` by the profile given, else by the rates measured on this host.
+
+    Args:
+        cluster: name, path or graph.
+        devices: number of equal accelerators.
+        precision: that its data sheet is read for.
+        profile: path of a file of ``layerwise profile``.
+
     Raises:
-        UsageError: both or none is given, or the cluster is unknown.
+        UsageError: both or none is given, the cluster is unknown, or the profile cannot be read.
     """
+    machine = _plain_machine(cluster, devices, precision)
+    if profile is not None:
+        asked = read_profile(Path(profile))
+        kinds = sorted({device.kind for device in machine.graph.devices})
+        if asked.device not in kinds and not machine.profile.roofline.measured:
+            _log.warning("%s was measured on %s, this machine has %s", profile, asked.device, ", ".join(kinds))
+        return replace(machine, profile=with_profiles(machine.profile, [asked]))
+    if machine.profile.roofline.measured:
+        return machine
+    shipped = profiles_for(profiles_path() / "devices", machine.profile.device)
+    return replace(machine, profile=with_profiles(machine.profile, shipped))
+
+
+def _plain_machine(cluster: str | Path | DeviceGraph | None, devices: int | None, precision: str) -> Machine:
     if (cluster is None) == (devices is None):
         raise UsageError("give exactly one of --devices N and --cluster NAME (cluster= and devices= from Python)")
     if devices is not None:
@@ -130,33 +169,121 @@ def measure_host(num_ranks: int, hosts: "Hosts | None" = None) -> "HostRates":
     from planner.measure.host import HostRates, median_rates, threads_per_rank
     from runtime.launch import run_local
 
+    argument = {"level": device_kinds()["cpu"].level}
     found = run_local(
-        "runtime.measuring:host_rates", None, num_ranks=num_ranks, timeout_s=MEASURE_TIMEOUT_S,
+        "runtime.measuring:host_rates", argument, num_ranks=num_ranks, timeout_s=MEASURE_TIMEOUT_S,
         threads_per_rank=threads_per_rank(num_ranks), hosts=hosts,
     )  # fmt: skip
-    return median_rates([HostRates.model_validate(rates) for rates in found])
+    return median_rates([HostRates.model_validate_json(json.dumps(rates)) for rates in found])
+
+
+def machine_of_links(
+    name: str, nodes: int, ranks_per_node: int, found: Mapping[str, Any], device: str | None = None
+) -> DeviceGraph:
+    """Return the machine whose links ``runtime.measuring.link_times`` timed.
+
+    Args:
+        name: of the machine.
+        nodes: hosts.
+        ranks_per_node: on each.
+        found: what a rank returned.
+        device: kind of its accelerators; found by their name where None.
+
+    Raises:
+        UnknownNameError: no such kind, or none fits the name of the accelerator.
+    """
+    from planner.devices.schema import CollectiveEntry
+    from planner.measure.host import HostRates, device_of
+    from planner.measure.links import measured_graph
+
+    collectives = [
+        CollectiveEntry.model_validate_json(json.dumps(entry)).collective() for entry in found["collectives"]
+    ]
+    if device is None and "rates" in found:
+        kind = device_of(HostRates.model_validate_json(json.dumps(found["rates"])))
+    else:
+        kind = _device_kind(device or found.get("accelerator", "cpu"), named=device is not None)
+    return measured_graph(name, nodes, ranks_per_node, kind, collectives)
+
+
+def _device_kind(name: str, *, named: bool) -> DeviceKind:
+    """Return a kind by its name, or by that of an accelerator such as ``NVIDIA H200``."""
+    kinds = device_kinds()
+    if name in kinds:
+        return kinds[name]
+    words = name.lower().replace("-", " ").split()
+    fitting = [kind for kind in kinds if kind in words]
+    if named or len(fitting) != 1:
+        raise UnknownNameError("device", name, kinds, "Give its kind with --device, or write a cluster file.")
+    return kinds[fitting[0]]
 
 
 def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner":
     """Return the planner with measured times of every piece of a layer that its search can ask for.
 
-    As many processes as the machine has devices time the same layers at once on this host.
+    As many processes as the machine has devices time the same layers at once on this host; pieces of many samples with
+    fewer of them, see ``planner.measure.sizing``.
     """
-    from planner.measure.host import threads_per_rank
-    from planner.measure.layers import median_over_ranks
-    from runtime.launch import run_local
+    from planner.measure.sizing import Rates, sized
 
     machine, count = planner.machine, len(planner.machine.graph.devices)
-    keys = planner.layer_keys()
     start = time.perf_counter()
-    found = run_local(
-        "runtime.measuring:layer_times", {"keys": keys}, num_ranks=count, timeout_s=MEASURE_TIMEOUT_S,
-        threads_per_rank=threads_per_rank(count), hosts=hosts,
-    )  # fmt: skip
-    layers = median_over_ranks(cast("list[dict[str, list[float]]]", found))
+    rates = Rates.of(torch.device("cpu"))
+    keys = dict.fromkeys(sized(piece, rates, MEASURE_TARGET_S).text for piece in planner.layer_pieces())
+    layers: dict[str, Measurement] = {}
+
+    def keep(key: str, found: Measurement | None) -> None:
+        if found is not None:
+            layers[key] = found
+
+    time_layers(list(keys), keep, ranks_at_once=count, hosts=hosts)
     _log.info("profile: %d layers timed in %.1f s", len(layers), time.perf_counter() - start)
     profile = replace(machine.profile, layers=layers)
     return replace(planner, machine=Machine(machine.graph, profile))
+
+
+def time_layers(
+    keys: Sequence[str],
+    found: Callable[[str, Measurement | None], None],
+    *,
+    ranks_at_once: int = 1,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    hosts: "Hosts | None" = None,
+) -> None:
+    """Time the layers behind ``LocalLayer.key`` in processes of their own.
+
+    Args:
+        keys: of the layers.
+        found: is handed each layer as soon as it is timed, with the medians over the processes; None: no kernel.
+        ranks_at_once: processes that time the same layer at the same time, as ranks of one host would.
+        threads: of each; an equal part of the processors if left out.
+        device: that they compute on.
+        hosts: network namespaces to spread them over.
+
+    Raises:
+        UsageError: the device is missing, or cannot compute what a key asks for.
+        RunError: a process died.
+    """
+    from planner.measure.host import threads_per_rank
+    from planner.measure.journal import JournalReader
+    from runtime.launch import run_local
+
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        reader = JournalReader(Path(folder), ranks_at_once)
+
+        def look() -> None:
+            for key, measurement in reader.new():
+                found(key, measurement)
+
+        try:
+            run_local(
+                "runtime.measuring:layer_times", {"keys": list(keys), "folder": folder, "device": device},
+                num_ranks=ranks_at_once, timeout_s=PROFILE_TIMEOUT_S,
+                threads_per_rank=threads or threads_per_rank(ranks_at_once), hosts=hosts, while_waiting=look,
+            )  # fmt: skip
+        finally:
+            look()
 
 
 def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
@@ -209,18 +336,28 @@ class Planner:
 
     def _model(self, mesh: Mesh) -> CostModel:
         options, machine = self.options, self.machine
-        settings = Settings(options.precision, Optimizer(options.optimizer), options.sync_batch_norm)
+        settings = Settings(
+            options.precision, Optimizer(options.optimizer), options.sync_batch_norm, options.memory_format
+        )
         return CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
 
-    def layer_keys(self) -> list[str]:
-        """Return the profile keys of every piece of a layer that a search can ask for."""
-        found: dict[str, None] = {}
-        for mesh in self.meshes():
+    def layer_pieces(self, meshes: Sequence[Mesh] | None = None) -> list[PieceKey]:
+        """Return every piece of a layer that a search can ask for and that computes anything, each once.
+
+        Args:
+            meshes: that are searched; all candidates if left out.
+        """
+        found: dict[PieceKey, None] = {}
+        for mesh in self.meshes() if meshes is None else meshes:
             model, space = self._model(mesh), self._space(mesh)
             for layer in self.traced.layers.layers:
-                for split in space.splits[layer.id]:
-                    found[model.local(layer, split).key] = None
+                locals_of = (model.local(layer, split) for split in space.splits[layer.id])
+                found.update(dict.fromkeys(local.piece for local in locals_of if local.has_kernel))
         return list(found)
+
+    def layer_keys(self) -> list[str]:
+        """Return the profile keys of ``layer_pieces``."""
+        return [piece.text for piece in self.layer_pieces()]
 
     def search(self, mesh: Mesh) -> Search:
         """Return the solvers on a mesh; made once."""
@@ -349,6 +486,7 @@ def plan_model(
     machine: Machine | None = None,
     origin: Origin | None = None,
     example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
+    profile: str | Path | None = None,
     **options: Any,
 ) -> Plan:
     """Plan the fastest training step of a CNN on a machine.
@@ -361,13 +499,14 @@ def plan_model(
         machine: a graph with a profile of its devices.
         origin: for the plan's provenance.
         example_keywords: inputs that ``forward`` takes by keyword, by name.
+        profile: path of a device profile, see ``machine_of``.
         options: the fields of ``Options``.
 
     Raises:
         LayerwiseError: see ``planner.errors`` for the cases.
     """
     asked = Options(**options)
-    found = machine or machine_of(cluster, devices, asked.precision)
+    found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__, f"{type(model).__module__}:{type(model).__qualname__}")
     return prepare(model, example_inputs, found, asked, name, example_keywords).plan()
 
@@ -379,16 +518,24 @@ class Comparison:
     Attributes:
         rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
         fits: for each row whether it obeys the memory limit.
+        search: that the planned one comes from.
     """
 
     planner: Planner
     rows: tuple[Planned, ...]
     fits: tuple[bool, ...]
+    search: Search
 
     @property
     def planned(self) -> Planned:
         """The planned strategy."""
         return self.rows[-1]
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Return every row as a plan."""
+        fixed = self.planner.search(self.planner.meshes()[0])
+        of = [*(fixed for _ in self.rows[:-1]), self.search]
+        return tuple(self.planner.plan_of(search, row) for search, row in zip(of, self.rows, strict=True))
 
     @property
     def planned_lost(self) -> bool:
@@ -408,11 +555,12 @@ def compare(
     machine: Machine | None = None,
     origin: Origin | None = None,
     example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
+    profile: str | Path | None = None,
     **options: Any,
 ) -> Comparison:
     """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
     asked = Options(**options)
-    found = machine or machine_of(cluster, devices, asked.precision)
+    found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__)
     planner = prepare(model, example_inputs, found, asked, name, example_keywords)
     return compare_with(planner)
@@ -421,13 +569,38 @@ def compare(
 def compare_with(planner: Planner) -> Comparison:
     """Compare the strategies of a prepared planner."""
     rows = planner.baselines()
-    _, planned = planner.best()
+    search, planned = planner.best()
     fits = [row.timeline.memory_bytes <= planner.limit_bytes for row in rows]
-    return Comparison(planner, (*rows, planned), (*fits, True))
+    return Comparison(planner, (*rows, planned), (*fits, True), search)
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A plan on a machine.
+
+    Attributes:
+        table: all costs of its model on its mesh.
+        choice: position of every layer's split in the table's space.
+        timeline: the predicted step.
+    """
+
+    table: CostTable
+    choice: tuple[int, ...]
+    timeline: Timeline
+
+    @property
+    def costs(self) -> tuple[LayerCost, ...]:
+        """What every layer costs."""
+        return tuple(costs[c] for costs, c in zip(self.table.layers, self.choice, strict=True))
 
 
 def reprice(plan: Plan, machine: Machine) -> Timeline:
-    """Return the predicted step of a plan on another machine with as many devices.
+    """Return the predicted step of a plan on another machine with as many devices; see ``price_plan``."""
+    return price_plan(plan, machine).timeline
+
+
+def price_plan(plan: Plan, machine: Machine) -> Priced:
+    """Return what a plan costs on a machine, layer by layer.
 
     The model is built from the source that the plan names (code of the user's, if it is no shipped one).
 
@@ -439,6 +612,47 @@ def reprice(plan: Plan, machine: Machine) -> Timeline:
         raise UsageError(
             f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
         )
+    planner = _planner_of(plan, machine)
+    mesh = _mesh_on(plan.mesh, machine.graph)
+    table = planner.table(mesh)
+    try:
+        choice = table.choice({layer: Split.of(mesh, split.dimensions) for layer, split in plan.strategy.items()})
+    except ValueError as error:
+        raise UsageError(f"the plan cannot be priced here: {error}") from error
+    return Priced(table, choice, simulate(table, choice, plan.bucket_bytes))
+
+
+def _mesh_on(mesh: Mesh, graph: DeviceGraph) -> Mesh:
+    """Return a mesh with the names that a machine gives to axes of these sizes.
+
+    Raises:
+        UsageError: the machine has no such axes.
+    """
+    names = {level.name for level in graph.levels}
+    if all(axis.name.rstrip("0123456789") in names for axis in mesh.axes):
+        return mesh
+    for found in graph.meshes():
+        if found.shape == mesh.shape:
+            return found
+    raise UsageError(
+        f"the plan's mesh of {' x '.join(map(str, mesh.shape))} ranks cannot be laid over {graph.name}, whose levels "
+        "are " + " x ".join(f"{level.name}={level.size}" for level in graph.levels)
+    )
+
+
+def local_layers(plan: Plan) -> tuple[LocalLayer, ...]:
+    """Return what one device computes of every layer of a plan, in the plan's order.
+
+    Raises:
+        UsageError: the source that the plan names cannot be loaded.
+        MismatchError: the source gives another model than the plan's.
+    """
+    planner = _planner_of(plan, machine_of(devices=plan.mesh.size, precision=plan.precision))
+    model, graph = planner._model(plan.mesh), planner.traced.layers
+    return tuple(model.local(graph[layer], split) for layer, split in plan.strategy.items())
+
+
+def _planner_of(plan: Plan, machine: Machine) -> Planner:
     loaded = load_model(plan.model.source, dict(plan.model.arguments))
     inputs, keywords = empty_inputs(plan.model.inputs)
     options = Options(
@@ -447,12 +661,7 @@ def reprice(plan: Plan, machine: Machine) -> Timeline:
     )  # fmt: skip
     planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
     refuse_other_model(plan, planner.traced.layers)
-    table = planner.table(plan.mesh)
-    try:
-        choice = table.choice(plan.strategy)
-    except ValueError as error:
-        raise UsageError(f"the plan cannot be priced here: {error}") from error
-    return simulate(table, choice, plan.bucket_bytes)
+    return planner
 
 
 def example_inputs(
@@ -469,6 +678,7 @@ def example_inputs(
 
 
 __all__ = [
-    "Comparison", "Machine", "NoPlanError", "Options", "Origin", "Plan", "Planner", "compare", "compare_with",
-    "data_sheet_profile", "example_inputs", "machine_of", "plan_model", "prepare", "reprice",
+    "Comparison", "Machine", "NoPlanError", "Options", "Origin", "Plan", "Planner", "Priced", "compare",
+    "compare_with", "data_sheet_profile", "example_inputs", "local_layers", "machine_of", "plan_model", "prepare",
+    "price_plan", "reprice",
 ]  # fmt: skip

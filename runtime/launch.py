@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,6 +130,7 @@ def run_local(
     timeout_s: float,
     threads_per_rank: int = 1,
     hosts: Hosts | None = None,
+    while_waiting: Callable[[], object] | None = None,
 ) -> list[JsonValue]:
     """Call a function in new processes of this machine, and return its results in rank order.
 
@@ -144,6 +145,7 @@ def run_local(
         timeout_s: for the whole call, the start of the processes included: they import torch.
         threads_per_rank: CPU threads of each process.
         hosts: places the ranks on them, in consecutive blocks as equal as possible.
+        while_waiting: is called again and again until they are done.
 
     Raises:
         LayerwiseError: the class that a rank raised, without the attributes of that class.
@@ -162,7 +164,7 @@ def run_local(
                 prefix, interface = _place_on(hosts, rank, num_ranks)
                 environment = _environment(folder, rank, num_ranks, threads_per_rank, interface)
                 ranks.append(_Rank(rank, folder, prefix, environment))
-            failed, late = _watch(ranks, deadline_s)
+            failed, late = _watch(ranks, deadline_s, while_waiting or _nothing)
         finally:
             _end(ranks)
         if failed:
@@ -257,7 +259,13 @@ class _Rank:
         return outcome
 
 
-def _watch(ranks: Sequence[_Rank], deadline_s: float) -> tuple[list[_Rank], list[_Rank]]:
+def _nothing() -> None:
+    return None
+
+
+def _watch(
+    ranks: Sequence[_Rank], deadline_s: float, while_waiting: Callable[[], object]
+) -> tuple[list[_Rank], list[_Rank]]:
     """Wait until all are done, one has failed or time is up.
 
     Returns:
@@ -267,6 +275,7 @@ def _watch(ranks: Sequence[_Rank], deadline_s: float) -> tuple[list[_Rank], list
         if any(rank.has_failed() for rank in ranks):
             time.sleep(_SETTLE_S)
             break
+        while_waiting()
         time.sleep(_POLL_S)
     return [r for r in ranks if r.has_failed()], [r for r in ranks if r.is_running()]
 

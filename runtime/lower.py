@@ -5,7 +5,7 @@ import operator
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
@@ -43,6 +43,10 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
     write_items: written_items,
 }  # fmt: skip
+
+
+LAYER: Final = "layer"
+"""In ``meta`` of every node that belongs to a layer: its id. A move belongs to the layer that it is for."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class Lowering:
     def _layer(self, layer: Layer) -> None:
         names = self._traced.nodes[layer.id]
         main, *absorbed = (self._nodes[name] for name in names)
+        for node in (main, *absorbed):
+            node.meta[LAYER] = layer.id
         if not isinstance(layer.op, ir.Input):
             self._connect(layer, [main, *absorbed])
             for parameter in layer.params:
@@ -174,6 +180,7 @@ class Lowering:
             for old, new in swaps.items():
                 node.replace_input_with(old, new)
         for node in sizes:
+            node.meta[LAYER] = layer.id
             self._seed(layer, node)
 
     def _converted(self, layer: Layer, position: int) -> fx.Node:
@@ -188,14 +195,15 @@ class Lowering:
         samples = _samples(producer.output)
         conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples)
         factor = _of_input if is_input else (self._output_factor(samples) if is_output else None)
-        return self._insert(f"transfers.{_plain(layer.id)}", Redistribution(conversion, self._state, factor), value)
+        move = Redistribution(conversion, self._state, factor)
+        return self._insert(layer, f"transfers.{_plain(layer.id)}", move, value)
 
-    def _insert(self, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
-        """Call a new module on a value, right behind it; return the node with the result."""
+    def _insert(self, layer: Layer, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
+        """Call a new module of a layer on a value, right behind it; return the node with the result."""
         behind = value if value.op != "placeholder" else list(self._graph.find_nodes(op="placeholder"))[-1]
         with self._graph.inserting_after(behind):
             node = self._graph.call_module(self._add(f"{name}_{len(self._modules)}", module), (value,))
-        node.meta["val"] = value.meta.get("val")
+        node.meta |= {"val": value.meta.get("val"), LAYER: layer.id}
         return node
 
     def _output_factor(self, samples: tuple[int, int] | None) -> Any:
@@ -332,7 +340,7 @@ class Lowering:
         return self._take_over(node, new)
 
     def _take_over(self, node: fx.Node, new: fx.Node) -> fx.Node:
-        new.meta["val"] = node.meta.get("val")
+        new.meta |= {key: node.meta[key] for key in ("val", LAYER) if key in node.meta}
         node.replace_all_uses_with(new, lambda user: user is not new)
         self._graph.erase_node(node)
         return new
@@ -434,9 +442,9 @@ class Lowering:
             bias = None if read is None else Bias(self._reader(_target(read)), num_spatial)
         conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", _samples(layer.output))
         users = list(node.users)
-        result = self._insert(f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
+        result = self._insert(layer, f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
         if bias is not None:
-            result = self._insert(f"biases.{_plain(layer.id)}", bias, result)
+            result = self._insert(layer, f"biases.{_plain(layer.id)}", bias, result)
         for user in users:
             user.replace_input_with(node, result)
         return result

@@ -133,8 +133,13 @@ def parallelize(
     if mesh is not None and sorted(mesh.mesh.flatten().tolist()) != sorted(plan.mesh.ranks):
         raise UsageError(f"the given mesh has ranks {mesh.mesh.tolist()}, the plan {list(plan.mesh.ranks)}")
     traced = trace_for(model, plan)
+    return lower(model, traced, plan, joined(traced, plan, timeout_s))
+
+
+def joined(traced: TracedModel, plan: Plan, timeout_s: float = 60.0) -> TorchCommunicator:
+    """Return how this rank talks to the others of the plan; every rank must call it."""
     groups = ProcessGroups(plan.mesh, communication_axes(traced, plan), timeout_s)
-    return lower(model, traced, plan, TorchCommunicator(plan.mesh, groups))
+    return TorchCommunicator(plan.mesh, groups)
 
 
 def trace_for(model: nn.Module, plan: Plan) -> TracedModel:

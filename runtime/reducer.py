@@ -78,6 +78,10 @@ class Reducer:
         for bucket in self._buckets:
             bucket.ready.clear()
 
+    def reduces(self, parameter: torch.Tensor) -> bool:
+        """Return whether a parameter's gradient goes through a bucket."""
+        return id(parameter) in self._place
+
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         if not self.enabled:
             return

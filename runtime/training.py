@@ -1,15 +1,17 @@
 """A training step on synthetic or given data, and its time: what `run`, `demo` and the benchmarks share."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
@@ -18,9 +20,15 @@ from planner.ir.rules import InputOutput
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, Pending
 from runtime.launch import Process
-from runtime.parallel import lower, parallelize, trace_for
+from runtime.parallel import joined, lower, parallelize, trace_for
+from runtime.timing import Span, Tape, TimedCommunicator, seconds_of, watched
 
 Step = Callable[[], object]
+
+DDP: Final = "torch DDP"
+"""What ``race`` calls torch's DistributedDataParallel."""
+MAX_INSTRUMENTED_STEPS: Final = 30
+"""Of a run; more plain steps may be asked for."""
 
 
 def make_optimizer(name: str, parameters: Any, learning_rate: float = 1e-2) -> torch.optim.Optimizer:
@@ -52,10 +60,10 @@ class Batch:
     keywords: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def synthetic_batch(plan: Plan, process: Process) -> Batch:
-    """Return random inputs of the planned shapes, this rank's samples only."""
+def synthetic_batch(plan: Plan, process: Process, part: slice | None = None) -> Batch:
+    """Return random inputs of the planned shapes: these samples, or what the plan has this rank pass."""
     generator = torch.Generator().manual_seed(1)
-    part = own_samples(plan, process.rank)
+    part = part or own_samples(plan, process.rank)
     found = Batch([])
     for spec in plan.model.inputs:
         whole = torch.randn(spec.shape, generator=generator)
@@ -80,23 +88,46 @@ def default_loss(output: Any) -> Any:
     return output if output.dim() == 0 else output.square().mean()
 
 
-def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Step:
-    """Return a function that runs forward, backward and the optimizer once."""
+def training_step(net: nn.Module, plan: Plan, batch: Batch) -> tuple[Step, torch.optim.Optimizer]:
+    """Return a function that runs forward, backward and the optimizer once as a plan asks for, and the optimizer."""
+    optimizer = make_optimizer(plan.optimizer, net.parameters())
+    device = next(net.parameters()).device.type
 
     def step() -> None:
         optimizer.zero_grad()
-        default_loss(net(*batch.inputs, **batch.keywords)).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=plan.precision == "bf16"):
+            loss = default_loss(net(*batch.inputs, **batch.keywords))
+        loss.backward()
         optimizer.step()
 
-    return step
+    return step, optimizer
+
+
+def set_precision(plan: Plan) -> None:
+    """Let products of fp32 numbers on this process's GPU be computed as a plan asks for."""
+    torch.backends.cuda.matmul.allow_tf32 = plan.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = plan.precision == "tf32"
+
+
+def planned_step(plan: Plan, process: Process) -> Step:
+    """Return a step of a plan on synthetic data."""
+    net = parallelize(build_model(plan, process.device), plan)
+    return training_step(net, plan, synthetic_batch(plan, process))[0]
+
+
+def ddp_step(plan: Plan, process: Process) -> Step:
+    """Return a step of torch's DistributedDataParallel on the model and batch of a plan."""
+    ids = [process.device] if process.device.type == "cuda" else None
+    net: nn.Module = DistributedDataParallel(build_model(plan, process.device), device_ids=ids)
+    part = slice(*balanced_pieces(plan.batch, process.world_size)[process.rank])
+    return training_step(net, plan, synthetic_batch(plan, process, part))[0]
 
 
 def timed_steps(step: Step, count: int, device: torch.device) -> list[float]:
     """Return the seconds of each of several steps on the slowest rank; every rank must call it."""
     found = []
     for _ in range(count):
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.barrier()
+        _meet()
         start = time.perf_counter()
         step()
         if device.type == "cuda":
@@ -109,39 +140,118 @@ def timed_steps(step: Step, count: int, device: torch.device) -> list[float]:
     return found
 
 
+def _meet() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
+    """Time strategies side by side: one step of each after the other, so that noise hits all of them.
+
+    Args:
+        argument: ``plans`` (name to JSON text, of one precision), ``rounds``, ``warmup``; if wanted, ``ddp``: the name
+            of the plan whose model and batch torch's DistributedDataParallel trains, and ``compute_only``: names of
+            plans that also run without sending anything.
+        process: of this rank.
+
+    Returns:
+        The seconds of every step on the slowest rank, by the names of the plans, ``DDP`` and ``compute_only(name)``.
+    """
+    plans = {name: Plan.from_json(text) for name, text in argument["plans"].items()}
+    set_precision(next(iter(plans.values())))
+    steps = {name: planned_step(plan, process) for name, plan in plans.items()}
+    if argument.get("ddp"):
+        steps[DDP] = ddp_step(plans[argument["ddp"]], process)
+    for name in argument.get("compute_only", ()):
+        steps[compute_only(name)] = silent_step(plans[name], process)
+    for step in steps.values():
+        timed_steps(step, argument["warmup"], process.device)
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(argument["rounds"]):
+        for name, step in steps.items():
+            found[name] += timed_steps(step, 1, process.device)
+    return found
+
+
+def compute_only(name: str) -> str:
+    """Return what ``race`` calls a plan that sends nothing."""
+    return f"{name}, compute only"
+
+
 def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     """Run a plan on synthetic data on this rank; the function that local ranks are started with.
+
+    Plain steps and steps with marks (at most ``MAX_INSTRUMENTED_STEPS``) take turns, in one module.
 
     Args:
         argument: ``plan`` (JSON text), ``steps``, ``warmup``.
         process: of this rank.
 
     Returns:
-        ``steps_s`` of the slowest rank, and ``compute_s``, the median step without communication.
+        ``measured``: a ``planner.plan.measured.Measured`` as JSON; ``spans``: for every rank those of its last step
+        with marks, each as phase, layer, start and stop in seconds. The same on every rank.
     """
     plan = Plan.from_json(argument["plan"])
-    model = build_model(plan, process.device)
-    batch = synthetic_batch(plan, process)
-    net = parallelize(model, plan)
-    step = training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
-    timed_steps(step, argument["warmup"], process.device)
-    steps_s = timed_steps(step, argument["steps"], process.device)
-    alone = silent_step(build_model(plan, process.device), plan, process, batch)
+    set_precision(plan)
+    plain_s, watched_steps = _measured_steps(plan, process, argument["steps"], argument["warmup"])
+    alone = silent_step(plan, process)
     timed_steps(alone, 1, process.device)
+    alone_s = statistics.median(timed_steps(alone, 3, process.device))
+    everyone: list[Any] = [(process.rank, seconds_of(watched_steps), _plain(watched_steps[-1]))]
+    if process.world_size > 1:
+        (mine,) = everyone
+        everyone = [None] * process.world_size
+        dist.all_gather_object(everyone, mine)
+    everyone.sort(key=lambda each: each[0])
+    rank, seconds, _ = max(everyone, key=lambda each: each[1].compute_s)
+    facts = {**_environment(process), "precision": plan.precision}
+    measured = seconds.measured(plan, rank, plain_s, alone_s, facts)
+    return {"measured": measured.model_dump(mode="json"), "spans": [spans for _, _, spans in everyone]}
+
+
+def _measured_steps(
+    plan: Plan, process: Process, count: int, warmup: int
+) -> tuple[list[float], list[tuple[Span, ...]]]:
+    """Return the seconds of plain steps on the slowest rank, and the spans of others on this rank."""
+    model, tape = build_model(plan, process.device), Tape(process.device)
+    traced = trace_for(model, plan)
+    net = lower(model, traced, plan, TimedCommunicator(joined(traced, plan), tape))
+    step, optimizer = training_step(net, plan, synthetic_batch(plan, process))
+    timed_steps(step, warmup, process.device)
+    plain_s: list[float] = []
+    spans: list[tuple[Span, ...]] = []
+    for k in range(count):
+        plain_s += timed_steps(step, 1, process.device)
+        if k < MAX_INSTRUMENTED_STEPS:
+            with watched(net, optimizer, tape):
+                _meet()
+                tape.start()
+                step()
+                spans.append(tape.stop())
+    return plain_s, spans
+
+
+def _plain(spans: Sequence[Span]) -> list[list[str | float]]:
+    return [[span.part.phase.value, span.part.layer, span.start_s, span.stop_s] for span in spans]
+
+
+def _environment(process: Process) -> dict[str, str]:
+    device = process.device
     return {
-        "steps_s": steps_s,
-        "compute_s": statistics.median(timed_steps(alone, 3, process.device)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+        "ranks": str(process.world_size),
     }
 
 
-def silent_step(model: nn.Module, plan: Plan, process: Process, batch: Batch) -> Step:
-    """Return a step of the same plan in which nothing is sent: its compute alone (with wrong values).
-
-    The model must be its own: a parameter that two parallel modules hold would be reduced by both.
-    """
-    position = plan.mesh.ranks.index(process.rank)
+def silent_step(plan: Plan, process: Process) -> Step:
+    """Return a step of a plan on synthetic data in which nothing is sent: its compute alone (with wrong values)."""
+    model, position = build_model(plan, process.device), plan.mesh.ranks.index(process.rank)
     net = lower(model, trace_for(model, plan), plan, SilentCommunicator(plan.mesh, position))
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
+    return training_step(net, plan, synthetic_batch(plan, process))[0]
 
 
 class SilentCommunicator:

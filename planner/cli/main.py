@@ -9,7 +9,19 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from planner.cli import demo, inspecting, listing, planning, reading, run
+from planner.cli import (
+    calibrating,
+    demo,
+    fitting,
+    inspecting,
+    linking,
+    listing,
+    planning,
+    profiling,
+    reading,
+    run,
+    tracing,
+)
 from planner.cli.signature import with_fields
 from planner.cli.terminal import is_debugging
 from planner.errors import LayerwiseError
@@ -33,11 +45,17 @@ register("show", reading.show)
 register("check", reading.check)
 register("compare", planning.compare)
 register("run", run.run)
+register("trace", tracing.trace)
+register("calibrate", calibrating.calibrate)
 register("demo", demo.demo)
 register("inspect", inspecting.inspect)
 register("models", listing.models)
 register("clusters", listing.clusters)
 register("schema", listing.schema)
+profiling.register("links", linking.links)
+profiling.register("fit", fitting.fit)
+profiling.register("import", fitting.import_measurements)
+app.add_typer(profiling.profile_app, name="profile")
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
@@ -125,6 +126,12 @@ class Asked(AskedModel):
             help="Statistics of each rank's own samples, as with plain DDP, not of the global batch.",
         ),
     ] = False
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A device profile to price layers with; those shipped for the device if left out."
+        ),
+    ] = None
 
     def dimensions(self) -> frozenset[Dimension] | None:
         """Return ``--dims``; ``in_channel`` stands for both of its forms."""
@@ -146,6 +153,15 @@ def _shape(sizes: str, text: str) -> Shape:
     if not all(size.strip().isdecimal() and int(size) >= 1 for size in found):
         raise UsageError(f"--input {text!r} is not a size of one sample, such as 3,224,224")
     return tuple(map(int, found))
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """How long is measured."""
+
+    steps: Annotated[int, typer.Option(help="Timed steps.", min=1, max=100_000)] = 10
+    warmup: Annotated[int, typer.Option(help="Steps before them.", min=0, max=1000)] = 2
+    timeout: Annotated[float, typer.Option(help="Seconds after which a run is given up.", min=1)] = 1800.0
 
 
 def _dimensions(name: str) -> Iterator[Dimension]:

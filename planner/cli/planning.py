@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from planner.cli.options import SAMPLES_PER_DEVICE, Asked
+from planner.cli.options import SAMPLES_PER_DEVICE, Asked, Timed
+from planner.cli.racing import raced, refuse_unraceable
 from planner.cli.terminal import Terminal, rendered
 from planner.errors import UsageError
-from planner.report import tables
+from planner.report import measured, tables
 
 if TYPE_CHECKING:
     from planner.api import Comparison, Planner
@@ -47,25 +50,37 @@ def plan(
 
 def compare(
     asked: Asked,
+    timed: Timed,
     terminal: Terminal,
     fail_if_lost: Annotated[
         bool, typer.Option("--fail-if-lost", help="Exit with 6 where a fixed strategy is faster.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run every strategy too, in local processes, a step of each in turn.")
+    ] = False,
 ) -> None:
-    """Hold the planned strategy against every fixed one, by prediction."""
+    """Hold the planned strategy against every fixed one: by prediction and, with --measure, by the clock."""
     from planner.api import compare_with
 
+    if measure:
+        refuse_unraceable(asked)
     found = compare_with(prepared(asked, terminal))
+    runs = raced(found, timed, terminal) if measure else ()
     rows = tables.rows_of_search(found.rows, found.fits, found.planner.traced.layers.batch)
     if as_json:
-        typer.echo(json.dumps(_document(found, rows), indent=2))
+        typer.echo(json.dumps(_document(found, rows) | _measurements(runs, timed), indent=2))
     else:
         terminal.out.print(rendered(tables.strategies(rows)))
         planned = found.planned
         terminal.out.print(tables.bound_sentence(planned.timeline.step_s, planned.lower_bound_s))
         for sentence in tables.standing_sentences(rows, planned.lower_bound_s):
             terminal.out.print(sentence)
+        if measure:
+            terminal.out.print()
+            terminal.out.print(rendered(measured.race(runs)))
+            for sentence in measured.race_sentences(runs):
+                terminal.out.print(sentence)
     if fail_if_lost and found.planned_lost:
         raise typer.Exit(EXIT_LOST)
 
@@ -92,7 +107,7 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
         not asked.local_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
         asked.time_limit_s(),
     )  # fmt: skip
-    machine = machine_of(asked.cluster, asked.devices, asked.precision)
+    machine = machine_of(asked.cluster, asked.devices, asked.precision, asked.profile)
     model = load_model(asked.model, arguments)
     shapes, named = asked.inputs_of(model.input_shapes)
     num_ranks = len(machine.graph.devices)
@@ -120,6 +135,8 @@ def refuse_unwritable(path: Path) -> None:
         raise UsageError(f"cannot write {str(path)!r}: it is a folder")
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is not writable")
 
 
 def _document(found: "Comparison", rows: tuple[tables.StrategyRow, ...]) -> dict[str, object]:
@@ -131,4 +148,21 @@ def _document(found: "Comparison", rows: tuple[tables.StrategyRow, ...]) -> dict
         "lower_bound_s": found.planned.lower_bound_s,
         "planned_lost": found.planned_lost,
         "strategies": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _measurements(runs: Sequence[measured.Raced], timed: Timed) -> dict[str, object]:
+    """Return what ``--measure`` adds to the document; nothing where nothing ran."""
+    if not runs:
+        return {}
+    rows = [dataclasses.asdict(row) | {"error": row.error} for row in runs]
+    swapped = [[swap.fast.name, swap.slow.name] for swap in measured.swaps(runs)]
+    return {
+        "measured": {
+            "steps": timed.steps,
+            "warmup": timed.warmup,
+            "strategies": rows,
+            "rank_correlation": measured.rank_correlation(runs),
+            "predicted_faster_measured_slower": swapped,
+        }
     }

@@ -1,29 +1,41 @@
-"""`layerwise run`: execute a plan, time it, hold it against the prediction."""
+"""`layerwise run`: execute a plan, time it layer by layer, hold it against the prediction."""
 
+import json
 import os
-import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from planner.cli.terminal import Terminal
-from planner.errors import UsageError
+from planner.cli.options import Timed
+from planner.cli.planning import refuse_unwritable
+from planner.cli.racing import refuse_too_many
+from planner.cli.terminal import Terminal, rendered
+from planner.cli.tracing import Target
 from planner.plan import Plan
-from planner.units import format_seconds
 
-TIMEOUT_S = 1800.0
+if TYPE_CHECKING:
+    from planner.api import Machine
+    from planner.plan.measured import Measured
+
+Spans = list[list[list[Any]]]
+"""For every rank phase, layer, start and stop of the parts of a step."""
 
 
 def run(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.", show_default=False)],
     terminal: Terminal,
-    steps: Annotated[int, typer.Option(help="Timed steps.", min=1, max=100_000)] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps before them.", min=0, max=1000)] = 2,
-    timeout: Annotated[float, typer.Option(help="Seconds after which the run is given up.", min=1)] = TIMEOUT_S,
+    timed: Timed,
+    target: Target,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the measured seconds of every layer and phase here.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the measured timeline of a step of every rank here.")
+    ] = None,
 ) -> None:
-    """Run a plan on synthetic data and print predicted and measured step time.
+    """Run a plan on synthetic data; print predicted and measured seconds of the step, its parts and its layers.
 
     Under torchrun, this process is one of the plan's ranks; otherwise local processes are started.
     The model's code is run, so run plans of people you trust.
@@ -31,15 +43,28 @@ def run(
     from planner.plan.schema import require_single_rank_count
 
     found = Plan.load(path)
-    argument = {"plan": found.to_json(), "steps": steps, "warmup": warmup}
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not is_rank or os.environ["RANK"] == "0":
+        for place in (measured, trace):
+            if place is not None:
+                refuse_unwritable(place)
+    argument = {"plan": found.to_json(), "steps": timed.steps, "warmup": timed.warmup}
+    if is_rank:
         require_single_rank_count(found, int(os.environ["WORLD_SIZE"]))
-        measured = _as_rank(argument)
-        if measured is None:
+        outcome = _as_rank(argument)
+        if outcome is None:
             return
     else:
-        measured = _locally(found, argument, timeout)
-    _report(found, measured, terminal)
+        refuse_too_many(found.mesh.size, "the plan")
+        outcome = _locally(found, argument, timed.timeout)
+    timings, spans = _decoded(outcome)
+    if measured is not None:
+        timings.save(measured)
+    if trace is not None:
+        _write_trace(trace, found, timings, spans)
+    _report(found, timings, _machine(found, target), terminal)
+    for place in filter(None, (measured, trace)):
+        terminal.err.print(f"wrote {place}")
 
 
 def _as_rank(argument: dict[str, Any]) -> dict[str, Any] | None:
@@ -57,47 +82,84 @@ def _locally(plan: Plan, argument: dict[str, Any], timeout_s: float) -> dict[str
     from planner.measure.host import threads_per_rank
     from runtime.launch import run_local
 
-    size, cores = plan.mesh.size, len(os.sched_getaffinity(0))
-    if size > 8 * cores:
-        raise UsageError(
-            f"the plan needs {size} processes, this host has {cores} cores. Run it on its cluster with torchrun, or "
-            f"plan for this host with --cluster local-{cores}."
-        )
+    size = plan.mesh.size
     results = run_local(
         "runtime.training:measure_plan", argument, num_ranks=size, timeout_s=timeout_s,
         threads_per_rank=threads_per_rank(size),
     )  # fmt: skip
-    measured = results[0]
-    assert isinstance(measured, dict)
-    return measured
+    outcome = results[0]
+    assert isinstance(outcome, dict)
+    return outcome
 
 
-def _report(plan: Plan, measured: dict[str, Any], terminal: Terminal) -> None:
-    from planner.api import machine_of, reprice
+def _decoded(outcome: dict[str, Any]) -> "tuple[Measured, Spans]":
+    """Return what the ranks sent, as values; the CPU is named here."""
+    from planner.measure.host import cpu_name
+    from planner.plan.measured import Measured
 
-    machine = machine_of(cluster=f"local-{plan.mesh.size}")
-    here_s = reprice(plan, machine).step_s
-    step_s = statistics.median(measured["steps_s"])
-    table = Table(
-        "",
-        "step",
-        "samples/s",
-        "against measured",
-        title=f"{plan.model.name}, batch {plan.batch}, {plan.mesh.size} ranks",
-    )
-    rows = []
-    if machine.graph.digest != plan.cluster.sha256:
-        terminal.err.print(
-            f"warning: the plan was made for {plan.cluster.name}; this is another machine",
-            highlight=False,
-        )
-        rows.append((f"predicted for {plan.cluster.name}", plan.totals.step_s))
-    rows += [
-        ("predicted for this host", here_s),
-        ("measured", step_s),
-        ("measured, compute only", measured["compute_s"]),
-    ]
-    for name, seconds in rows:
-        off = "" if name == "measured" else f"{seconds / step_s - 1:+.0%}"
-        table.add_row(name, format_seconds(seconds), f"{plan.batch / seconds:.4g}", off)
-    terminal.out.print(table)
+    found = Measured.model_validate_json(json.dumps(outcome["measured"]))
+    facts = {**found.environment, "cpu": cpu_name()}
+    return found.model_copy(update={"environment": facts}), outcome["spans"]
+
+
+def _write_trace(path: Path, plan: Plan, measured: "Measured", spans: Spans) -> None:
+    from planner.cost.overlap import Event
+    from planner.ir.canonical import write_atomically
+    from planner.report.trace import trace_json
+
+    streams = {
+        "transfer_forward": "transfer", "transfer_backward": "transfer", "exposed_sync": "waiting for gradients",
+        "other": "other",
+    }  # fmt: skip
+    ranks = {
+        f"rank {rank}, measured": [
+            Event(f"{layer} {phase.replace('_', ' ')}".strip(), streams.get(phase, "compute"), start, stop)
+            for phase, layer, start, stop in found
+        ]
+        for rank, found in enumerate(spans)
+    }
+    facts = {
+        "model": plan.model.name, "batch": str(plan.batch), "plan_sha256": plan.digest,
+        "source": "measured by layerwise run",
+    }  # fmt: skip
+    write_atomically(path, trace_json(ranks, {**facts, **measured.environment}))
+
+
+def _machine(plan: Plan, target: Target) -> "Machine | None":
+    """Return the machine to predict for: the one asked for, or this host; None in a job on several hosts."""
+    if target.cluster is None and int(os.environ.get("LOCAL_WORLD_SIZE", plan.mesh.size)) < plan.mesh.size:
+        return None
+    return target.machine(plan, f"local-{plan.mesh.size}")
+
+
+def _report(plan: Plan, measured: "Measured", machine: "Machine | None", terminal: Terminal) -> None:
+    from planner.api import price_plan
+    from planner.report import measured as tables
+
+    steps, said = [], None
+    if machine is None or machine.graph.digest != plan.cluster.sha256:
+        steps.append((plan.cluster.name, plan.totals.step_s))
+    if machine is not None:
+        if steps:
+            terminal.err.print(f"warning: the plan was made for {plan.cluster.name}; this is another machine")
+        priced = price_plan(plan, machine)
+        ids = [layer.id for layer in priced.table.space.graph.layers]
+        said = tables.predicted_parts(ids, priced.costs, priced.timeline)
+        steps.append((machine.graph.name, priced.timeline.step_s))
+    found = [tables.steps(plan, steps, measured)]
+    if said is not None:
+        found.append(tables.layer_differences(plan, said, measured))
+    found.append(tables.parts(measured, said))
+    for table in found:
+        terminal.out.print(rendered(table))
+        terminal.out.print()
+    for sentence in _sentences(measured, machine):
+        terminal.out.print(sentence)
+
+
+def _sentences(measured: "Measured", machine: "Machine | None") -> Iterator[str]:
+    from planner.report import measured as tables
+
+    yield tables.marking_sentence(measured)
+    if machine is None:
+        yield "Predictions of layers: give --cluster, because these ranks are on several hosts."

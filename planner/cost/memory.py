@@ -2,16 +2,18 @@
 
 Resident bytes stay for the whole step and add up over the layers: parameters, gradients, optimizer
 state, activations kept for backward. Transient bytes are needed while the layer runs; only the
-largest counts. sum(resident) + max(transient) is a safe bound of the peak.
+largest counts. sum(resident) + max(transient) is a safe bound of the peak, and additive, which is
+what solvers need; ``planner.cost.peak`` walks through the step and finds the peak itself.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout
+from planner.ir.layout import Layout, Whole
 from planner.ir.ops import Conv, ConvTranspose, Linear
 from planner.ir.rules import LayerLayouts
 from planner.ir.tensor import DType
@@ -36,46 +38,75 @@ def update_passes(optimizer: Optimizer) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
-    """Bytes of one layer on the busiest device.
+    """Bytes of one layer on the busiest device; a parameter of several layers is the first one's.
 
     Attributes:
         parameters: of parameters and buffers.
-        gradients: of gradients and optimizer state.
+        gradients: of the parameters' gradients.
+        reduced: those of ``gradients`` that are summed over ranks: they live in the reducer's buckets, also
+            between the steps.
+        state: of the optimizer.
         activations: kept for backward.
-        transient: needed while the layer runs.
+        computed: of the operator's result, before partial sums are resolved; its gradient has as many.
+        inputs: of the piece of the inputs that it reads; their gradients have as many.
     """
 
     parameters: int
     gradients: int
+    reduced: int
+    state: int
     activations: int
-    transient: int
+    computed: int
+    inputs: int
 
     @property
     def resident(self) -> int:
         """Bytes held for the whole step."""
-        return self.parameters + self.gradients + self.activations
+        return self.parameters + self.gradients + self.state + self.activations
+
+    @property
+    def transient(self) -> int:
+        """Bytes needed while the layer runs.
+
+        Inputs, result and the gradients of both; a gradient that is summed over ranks is made beside its
+        place in the bucket.
+        """
+        return 2 * self.computed + 2 * self.inputs + self.reduced
 
 
-def layer_bytes(layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Optimizer) -> LayerBytes:
+def layer_bytes(
+    layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Optimizer, carried: Sequence[bool]
+) -> LayerBytes:
     """Return the bytes of a layer; activations have element type ``dtype``, parameters their own.
 
     What autograd keeps of a whole layer is known from the trace (``Layer.saved_bytes``): its results
     that a backward needs, and masks, indices or statistics that its operators make. A piece keeps its
-    share of that. Beside it, an input that was moved for a convolution or linear layer is kept.
+    share of that; weights that were computed from weights (``Layer.saved_constant_bytes``) every rank keeps
+    whole. Beside it, an input that was moved for a convolution or linear layer is kept.
+
+    Args:
+        layer: the layer.
+        layouts: of its tensors.
+        dtype: element type of activations.
+        optimizer: decides the state.
+        carried: for every parameter whether its bytes count here, or with an earlier layer.
     """
-    weights = state = 0
-    for parameter, layout in zip(layer.params, layouts.params, strict=True):
-        num_bytes = _elements(layout) * parameter.spec.dtype.item_bytes
+    weights = gradients = reduced = 0
+    for parameter, layout, counts in zip(layer.params, layouts.params, carried, strict=True):
+        num_bytes = _elements(layout) * parameter.spec.dtype.item_bytes if counts else 0
         weights += num_bytes
-        state += num_bytes * (1 + STATE_COPIES[optimizer]) if parameter.trainable else 0
+        gradients += num_bytes if parameter.trainable else 0
+        reduced += num_bytes if parameter.trainable and layout.axes_with(Whole.SHARED) else 0
     item = dtype.item_bytes
     inputs = [_elements(layout) * item for layout in layouts.inputs]
     share = _elements(layouts.output) / max(layer.output.numel, 1) * item / layer.output.dtype.item_bytes
-    kept = math.ceil(layer.saved_bytes * share)
+    kept = math.ceil((layer.saved_bytes - layer.saved_constant_bytes) * share) + layer.saved_constant_bytes
     if isinstance(layer.op, Conv | ConvTranspose | Linear):
         kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layer, layout))
-    transient = 2 * _elements(layouts.computed) * item + 2 * sum(inputs)
-    return LayerBytes(weights, state, kept, transient)
+    return LayerBytes(
+        weights, gradients, reduced, gradients * STATE_COPIES[optimizer], kept,
+        _elements(layouts.computed) * item, sum(inputs),
+    )  # fmt: skip
 
 
 def _elements(layout: Layout) -> int:

@@ -2,8 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,18 @@ from planner.ir.graph import Layer, LayerGraph
 from planner.ir.layout import Layout, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.ops import BatchNorm
-from planner.ir.rules import LayerLayouts, layouts, reduced_axes
+from planner.ir.rules import LayerLayouts, Partition, partition, reduced_axes
 from planner.ir.split import LayerId, Split
 from planner.ir.tensor import DType
 from planner.profile.key import LocalLayer
-from planner.profile.table import ProfileTable, Source
+from planner.profile.table import LayerTime, ProfileTable, Source
 
 Seconds = NDArray[np.float64]
 Axes = tuple[int, ...]
+_LOCAL_VALUES = attrgetter(*(field.name for field in fields(LocalLayer) if field.name != "layer"))
+"""What two pieces of one layer can differ in."""
+COLLECT_PASSES = 2
+"""How often a gradient is read or written on its way into the buffer that is reduced (``runtime.reducer``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,13 @@ class Settings:
         precision: ``fp32``, ``tf32`` or ``bf16`` (autocast: parameters, gradients, sync in fp32).
         optimizer: decides state and update traffic.
         sync_batch_norm: statistics over the global batch, or over each rank's own piece.
+        memory_format: ``contiguous`` or ``channels_last``.
     """
 
     precision: str = "fp32"
     optimizer: Optimizer = Optimizer.MOMENTUM
     sync_batch_norm: bool = True
+    memory_format: str = "contiguous"
 
     def activation_dtype(self, dtype: DType) -> DType:
         """Return the element type of an activation that is ``dtype`` in the model."""
@@ -55,6 +62,7 @@ class LayerCost:
         blocking_forward, blocking_backward: communication inside the layer that compute waits for:
             partial sums, batch norm statistics.
         sync: bytes of gradients to reduce, by the mesh axes they are reduced over.
+        collect_s: copying gradients into the buffers they are reduced in.
         update_s: optimizer step.
         memory: bytes.
         source: where the compute times are from.
@@ -65,6 +73,7 @@ class LayerCost:
     blocking_forward: Price
     blocking_backward: Price
     sync: Mapping[Axes, int]
+    collect_s: float
     update_s: float
     memory: LayerBytes
     source: Source
@@ -72,7 +81,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices layers and edges of one network on one mesh of one machine."""
+    """Prices layers and edges of one network on one mesh of one machine.
+
+    A parameter that several layers share is held, reduced and updated once: it counts with the first of them.
+    """
 
     graph: LayerGraph
     machine: DeviceGraph
@@ -81,22 +93,30 @@ class CostModel:
     settings: Settings
     pricer: StepPricer
     flows: Mapping[LayerId, bool]
+    carriers: Mapping[str, LayerId]
 
     @staticmethod
     def of(
         graph: LayerGraph, machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, settings: Settings
     ) -> "CostModel":
         """Return the model for a network on a mesh of a machine."""
-        pricer = StepPricer(Router(machine, mesh), {})
-        return CostModel(graph, machine, mesh, profile, settings, pricer, gradient_flow(graph))
+        pricer = StepPricer(Router(machine, mesh))
+        return CostModel(graph, machine, mesh, profile, settings, pricer, gradient_flow(graph), _carriers(graph))
 
     def layouts(self, layer: Layer, split: Split) -> LayerLayouts:
         """Return every layout of a layer under a split."""
-        return layouts(layer, self.graph.inputs_of(layer), self.mesh, split)
+        return self.partition(layer).layouts(split)
+
+    def partition(self, layer: Layer) -> Partition:
+        """Return how the tensors of a layer lie under any split."""
+        return partition(layer, self.graph.inputs_of(layer), self.mesh)
 
     def local(self, layer: Layer, split: Split) -> LocalLayer:
         """Return the largest piece of a layer that one device computes."""
-        found = self.layouts(layer, split)
+        return self._local(layer, self.layouts(layer, split))
+
+    def _local(self, layer: Layer, found: LayerLayouts) -> LocalLayer:
+        is_sum = bool(found.computed.axes_with(Whole.PARTIAL))
         return LocalLayer(
             layer,
             tuple(x.largest_shape() for x in found.inputs),
@@ -104,30 +124,45 @@ class CostModel:
             tuple(x.largest_shape() for x in found.params),
             self.settings.activation_dtype(layer.output.dtype),
             self._input_gradient(layer),
+            self.settings.precision,
+            self.settings.memory_format,
+            synchronised=self.settings.sync_batch_norm and bool(reduced_axes(layer.output, found.output)),
+            resolved=found.output.largest_shape() if is_sum else None,
         )
+
+    def carried(self, layer: Layer) -> tuple[bool, ...]:
+        """Return for every parameter of a layer whether it counts here: no earlier layer has it."""
+        return tuple(self.carriers[p.name] == layer.id for p in layer.params)
 
     def _input_gradient(self, layer: Layer) -> bool:
         return any(self.flows[i] for i in layer.inputs)
 
-    def layer(self, layer: Layer, split: Split) -> LayerCost:
-        """Return the cost of a layer under a split."""
-        found = self.layouts(layer, split)
-        local = self.local(layer, split)
-        time = self.profile.time(local)
-        dtype = local.dtype
+    def layers(self, layer: Layer, splits: Iterable[Split]) -> tuple[LayerCost, ...]:
+        """Return the cost of a layer under each of these splits; the profile is asked once for each local piece."""
+        lies, carried = self.partition(layer), self.carried(layer)
+        times: dict[object, LayerTime] = {}
+        costs = []
+        for split in splits:
+            found = lies.layouts(split)
+            local = self._local(layer, found)
+            piece = _LOCAL_VALUES(local)
+            if piece not in times:
+                times[piece] = self.profile.time(local)
+            costs.append(self._cost(layer, found, times[piece], carried))
+        return tuple(costs)
+
+    def _cost(self, layer: Layer, found: LayerLayouts, time: LayerTime, carried: Sequence[bool]) -> LayerCost:
+        dtype = self.settings.activation_dtype(layer.output.dtype)
         forward = self.pricer.price(found.computed, found.output, dtype.item_bytes)
         backward = self.pricer.price(found.output.gradient, found.computed.gradient, dtype.item_bytes)
         forward_norm, backward_norm = self._statistics(layer, found.output)
-        memory = layer_bytes(layer, found, dtype, self.settings.optimizer)
-        trainable = sum(
-            math.prod(x.largest_shape()) * p.spec.dtype.item_bytes
-            for p, x in zip(layer.params, found.params, strict=True) if p.trainable
-        )  # fmt: skip
+        memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried)
+        sync = _gradient_bytes(layer, found.params, carried)
         return LayerCost(
             time.forward_s, time.backward_s,
             forward + forward_norm, backward + backward_norm,
-            _gradient_bytes(layer, found.params),
-            self.profile.roofline.update_s(trainable * update_passes(self.settings.optimizer)),
+            sync, self.profile.roofline.update_s(COLLECT_PASSES * sum(sync.values())),
+            self.profile.roofline.update_s(memory.gradients * update_passes(self.settings.optimizer)),
             memory, time.source,
         )  # fmt: skip
 
@@ -149,25 +184,20 @@ class CostModel:
             pair = pair[0] + forward, pair[1] + backward
         return pair
 
-    def edge(self, producer: Layer, have: Layout, need: Layout) -> tuple[Price, Price]:
-        """Return the price of an edge, forward and backward.
 
-        Args:
-            producer: the layer whose output moves.
-            have: the layout of the producer's output.
-            need: the layout that the consumer's input asks for.
-        """
-        item = self.settings.activation_dtype(producer.output.dtype).item_bytes
-        forward = self.pricer.price(have, need, item)
-        if not self.flows[producer.id]:
-            return forward, FREE
-        return forward, self.pricer.price(need.gradient, have.gradient, item)
+def _carriers(graph: LayerGraph) -> dict[str, LayerId]:
+    """Return for every parameter and buffer the first layer that has it."""
+    carriers: dict[str, LayerId] = {}
+    for layer in graph.layers:
+        for parameter in layer.params:
+            carriers.setdefault(parameter.name, layer.id)
+    return carriers
 
 
-def _gradient_bytes(layer: Layer, params: Sequence[Layout]) -> dict[Axes, int]:
+def _gradient_bytes(layer: Layer, params: Sequence[Layout], carried: Sequence[bool]) -> dict[Axes, int]:
     found: dict[Axes, int] = defaultdict(int)
-    for parameter, layout in zip(layer.params, params, strict=True):
+    for parameter, layout, counts in zip(layer.params, params, carried, strict=True):
         axes = layout.axes_with(Whole.SHARED)
-        if parameter.trainable and axes:
+        if parameter.trainable and axes and counts:
             found[axes] += math.prod(layout.largest_shape()) * parameter.spec.dtype.item_bytes
     return dict(found)

@@ -1,11 +1,12 @@
 """All costs of a search space as vectors and matrices, built once per layer signature."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.cost.edges import EdgePricer
 from planner.cost.model import CostModel, LayerCost, Seconds
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout
@@ -23,11 +24,13 @@ class EdgeCost:
     Attributes:
         forward_s, backward_s: blocking transfer in either direction.
         num_bytes: sent by the busiest rank, both directions.
+        backward_levels: int64, levels of the machine that the transfer backward uses (``StepPricer.levels``).
     """
 
     forward_s: Seconds
     backward_s: Seconds
     num_bytes: Seconds
+    backward_levels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,8 @@ class CostTable:
     @staticmethod
     def of(space: SearchSpace, model: CostModel) -> "CostTable":
         """Price every layer and edge; layers and edges that look alike share their arrays."""
-        graph = space.graph
-        by_signature: dict[object, tuple[LayerCost, ...]] = {}
-        signatures = []
-        layers = []
-        for layer in graph.layers:
-            needs = any(model.flows[i] for i in layer.inputs)
-            signature = (
-                layer.op, tuple(a.op for a in layer.absorbed), graph.inputs_of(layer), layer.output,
-                tuple((p.spec, p.out_dim, p.in_dim, p.trainable) for p in layer.params),
-                needs, model.flows[layer.id], space.splits[layer.id],
-            )  # fmt: skip
-            if signature not in by_signature:
-                by_signature[signature] = tuple(model.layer(layer, s) for s in space.splits[layer.id])
-            signatures.append(signature)
-            layers.append(by_signature[signature])
-        edges: dict[Edge, EdgeCost] = {}
-        shared: dict[object, EdgeCost] = {}
-        for edge in graph.edges():
-            i, j, position = edge
-            key = (signatures[i], signatures[j], position)
-            if key not in shared:
-                shared[key] = _edge_cost(model, space, graph.layers[i], graph.layers[j], position)
-            edges[edge] = shared[key]
-        return CostTable(space, model, tuple(layers), edges)
+        numbers = layer_numbers(space, model)
+        return CostTable(space, model, price_layers(space, model, numbers), price_edges(space, model, numbers))
 
     def choice(self, strategy: Strategy) -> tuple[int, ...]:
         """Return the position of each layer's split in the space.
@@ -94,20 +75,62 @@ class CostTable:
         return {layer.id: self.space.splits[layer.id][c] for layer, c in zip(layers, choice, strict=True)}
 
 
-def _edge_cost(model: CostModel, space: SearchSpace, producer: Layer, consumer: Layer, position: int) -> EdgeCost:
-    have, have_index = _unique([model.layouts(producer, s).output for s in space.splits[producer.id]])
-    need, need_index = _unique([model.layouts(consumer, s).inputs[position] for s in space.splits[consumer.id]])
-    found = np.zeros((3, len(have), len(need)))
-    for a, source in enumerate(have):
-        for b, target in enumerate(need):
-            forward, backward = model.edge(producer, source, target)
-            found[:, a, b] = (
-                forward.seconds,
-                backward.seconds,
-                forward.num_bytes + backward.num_bytes,
-            )
-    full = found[:, have_index][:, :, need_index]
-    return EdgeCost(full[0], full[1], full[2])
+def layer_numbers(space: SearchSpace, model: CostModel) -> tuple[int, ...]:
+    """Return a number for every layer: layers with equal numbers cost the same under each split."""
+    graph = space.graph
+    numbers: dict[object, int] = {}
+    found = []
+    for layer in graph.layers:
+        signature = (
+            layer.op, tuple(a.op for a in layer.absorbed), graph.inputs_of(layer), layer.output,
+            tuple((p.spec, p.out_dim, p.in_dim, p.trainable, p.role, p.whole) for p in layer.params),
+            model.carried(layer), layer.saved_bytes, layer.saved_constant_bytes,
+            any(model.flows[i] for i in layer.inputs), model.flows[layer.id], space.splits[layer.id],
+        )  # fmt: skip
+        found.append(numbers.setdefault(signature, len(numbers)))
+    return tuple(found)
+
+
+def price_layers(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -> tuple[tuple[LayerCost, ...], ...]:
+    """Return for every layer the cost under each of its splits; layers with equal numbers share it."""
+    priced: dict[int, tuple[LayerCost, ...]] = {}
+    for layer, number in zip(space.graph.layers, numbers, strict=True):
+        if number not in priced:
+            priced[number] = model.layers(layer, space.splits[layer.id])
+    return tuple(priced[number] for number in numbers)
+
+
+def price_edges(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -> dict[Edge, EdgeCost]:
+    """Return the matrices of every edge; edges between layers with equal numbers share them."""
+    layers, pricer = space.graph.layers, EdgePricer(model.pricer)
+    edges: dict[Edge, EdgeCost] = {}
+    shared: dict[tuple[int, int, int], EdgeCost] = {}
+    for i, j, position in space.graph.edges():
+        key = numbers[i], numbers[j], position
+        if key not in shared:
+            shared[key] = _edge_cost(pricer, model, space, (layers[i], layers[j], position))
+        edges[i, j, position] = shared[key]
+    return edges
+
+
+def _edge_cost(pricer: EdgePricer, model: CostModel, space: SearchSpace, edge: tuple[Layer, Layer, int]) -> EdgeCost:
+    producer, consumer, position = edge
+    makes, reads = model.partition(producer), model.partition(consumer)
+    have, have_index = _unique([makes.layouts(s).output for s in space.splits[producer.id]])
+    need, need_index = _unique([reads.layouts(s).inputs[position] for s in space.splits[consumer.id]])
+    item_bytes = model.settings.activation_dtype(producer.output.dtype).item_bytes
+    full = np.ix_(have_index, need_index)
+    forward = pricer.price(have, need, item_bytes)
+    if not model.flows[producer.id]:
+        nothing = np.zeros((len(have_index), len(need_index)))
+        return EdgeCost(forward.seconds[full], nothing, forward.num_bytes[full], nothing.astype(np.int64))
+    backward = pricer.price([x.gradient for x in need], [x.gradient for x in have], item_bytes)
+    return EdgeCost(
+        forward.seconds[full],
+        backward.seconds.T[full],
+        (forward.num_bytes + backward.num_bytes.T)[full],
+        backward.levels.T[full],
+    )
 
 
 def _unique(layouts: list[Layout]) -> tuple[list[Layout], NDArray[np.int64]]:

@@ -2,60 +2,64 @@
 
 import functools
 import math
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, field
+from typing import Final
 
 from planner.cost.collectives import (
+    all_gather_s,
     all_reduce_s,
     exchange_s,
-    ring_all_gather_s,
-    ring_reduce_scatter_s,
+    reduce_scatter_s,
 )
+from planner.cost.moves import frame, moves, used_rank
+from planner.devices.measured import CollectiveKind, MeasuredCollective
 from planner.devices.route import Router
 from planner.ir.layout import Layout
-from planner.ir.transfer import Step, StepKind, steps
+from planner.ir.transfer import StepKind
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Seconds of a transfer, and bytes that the busiest rank sends."""
+    """What a transfer costs.
+
+    Attributes:
+        seconds: while nothing else is sent.
+        num_bytes: sent by the busiest rank.
+        levels: bit set of the machine's levels whose links it uses, see ``StepPricer.levels``.
+    """
 
     seconds: float
     num_bytes: float
+    levels: int = 0
 
     def __add__(self, other: "Price") -> "Price":
-        return Price(self.seconds + other.seconds, self.num_bytes + other.num_bytes)
+        return Price(self.seconds + other.seconds, self.num_bytes + other.num_bytes, self.levels | other.levels)
 
 
 FREE = Price(0.0, 0.0)
+_FORMULAS: Final = {
+    CollectiveKind.ALL_REDUCE: all_reduce_s,
+    CollectiveKind.ALL_GATHER: all_gather_s,
+    CollectiveKind.REDUCE_SCATTER: reduce_scatter_s,
+    CollectiveKind.ALL_TO_ALL: exchange_s,
+}
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _intervals(layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return start and stop of every rank's region, int64[ranks, dims] each."""
-    mesh = layout.mesh
-    coordinates = np.indices(mesh.shape).reshape(len(mesh.axes), -1) if mesh.axes else np.zeros((0, 1), int)
-    starts, stops = [], []
-    for dim in range(len(layout.shape)):
-        index = np.zeros(mesh.size, int)
-        for axis in layout.axes_of(dim):
-            index = index * mesh.shape[axis] + coordinates[axis]
-        pieces = np.array(layout.pieces(dim))
-        starts.append(pieces[index, 0])
-        stops.append(pieces[index, 1])
-    return np.array(starts).reshape(-1, mesh.size).T, np.array(stops).reshape(-1, mesh.size).T
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A gradient reduction behind backward.
 
+    Attributes:
+        seconds: while nothing else runs.
+        loaded_s: while the device computes.
+        lost_s: by how much that computation takes longer for it.
+        levels: as in ``Price``.
+    """
 
-def largest_received(source: Layout, target: Layout) -> int:
-    """Return the most elements that a rank needs and does not hold."""
-    have_start, have_stop = _intervals(source)
-    need_start, need_stop = _intervals(target)
-    need = np.prod(need_stop - need_start, axis=1)
-    common = np.minimum(have_stop, need_stop) - np.maximum(have_start, need_start)
-    held = np.prod(np.maximum(common, 0), axis=1)
-    return int((need - held).max())
+    seconds: float
+    loaded_s: float
+    lost_s: float
+    levels: int
 
 
 @dataclass(frozen=True)
@@ -63,41 +67,100 @@ class StepPricer:
     """Prices steps on the machine of a router; keeps what it priced for its lifetime."""
 
     router: Router
-    _prices: dict[tuple[Layout, Layout, int], Price]
+    _prices: dict[tuple[Layout, Layout, int], Price] = field(default_factory=dict)
+    _times: dict[tuple[CollectiveKind, tuple[int, ...], int], float] = field(default_factory=dict)
+    _measured: dict[tuple[CollectiveKind, tuple[int, ...]], MeasuredCollective | None] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _level_bits(self) -> tuple[int, ...]:
+        """For every mesh axis the bit of its level: ``gpu1`` is a factor of level ``gpu``."""
+        names = [level.name for level in self.router.graph.levels]
+        return tuple(1 << names.index(axis.name.rstrip("0123456789")) for axis in self.router.mesh.axes)
 
     def price(self, source: Layout, target: Layout, item_bytes: int) -> Price:
         """Return the price of turning one layout into another, for elements of so many bytes."""
         key = (source.value, target.value, item_bytes)
         if key not in self._prices:
-            self._prices[key] = sum((self.step(s, item_bytes) for s in steps(*key[:2])), FREE)
+            self._prices[key] = self._price(*key)
         return self._prices[key]
+
+    def _price(self, source: Layout, target: Layout, item_bytes: int) -> Price:
+        found = frame(source.shape, source.mesh, source.cuts, target.cuts)
+        share = found.share(found.code(source, target), used_rank([source, target]))
+        listed = moves(share.source.at(source.placements), share.target.at(target.placements))
+        return sum((self.collective(m.kind, m.axes, share.elements(m) * item_bytes) for m in listed), FREE)
 
     def all_reduce(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an all-reduce of a buffer of so many bytes on each rank."""
-        size = math.prod(self.router.mesh.shape[a] for a in axes)
-        return Price(all_reduce_s(self.router, axes, num_bytes), 2 * (size - 1) / size * num_bytes)
+        return self._collective(CollectiveKind.ALL_REDUCE, axes, num_bytes, 2 * self._others(axes) * num_bytes)
+
+    def reduction(self, axes: tuple[int, ...], num_bytes: int) -> Reduction:
+        """Return what an all-reduce behind computation takes; not slower, and at no cost to it, where unmeasured."""
+        seconds, levels = self._seconds(CollectiveKind.ALL_REDUCE, axes, num_bytes), self.levels(axes)
+        measured = self.measured(CollectiveKind.ALL_REDUCE, axes)
+        if measured is None:
+            return Reduction(seconds, seconds, 0.0, levels)
+        return Reduction(seconds, measured.loaded_s(num_bytes), measured.lost_s(num_bytes), levels)
 
     def all_gather(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an all-gather whose result has so many bytes on each rank."""
-        size = math.prod(self.router.mesh.shape[a] for a in axes)
-        seconds = ring_all_gather_s(num_bytes, size, self.router.ring(axes))
-        return Price(seconds, (size - 1) / size * num_bytes)
+        return self._collective(CollectiveKind.ALL_GATHER, axes, num_bytes, self._others(axes) * num_bytes)
 
-    def step(self, step: Step, item_bytes: int) -> Price:
-        """Return the price of one step; local ones are free."""
-        if not step.kind.communicates:
-            return FREE
-        size = math.prod(self.router.mesh.shape[a] for a in step.axes)
-        share = (size - 1) / size
-        held = math.prod(step.source.largest_shape()) * item_bytes
-        match step.kind:
+    def reduce_scatter(self, axes: tuple[int, ...], num_bytes: int) -> Price:
+        """Return the price of a reduce-scatter of a buffer of so many bytes on each rank."""
+        return self._collective(CollectiveKind.REDUCE_SCATTER, axes, num_bytes, self._others(axes) * num_bytes)
+
+    def exchange(self, axes: tuple[int, ...], num_bytes: int) -> Price:
+        """Return the price of an exchange in which the busiest rank moves so many bytes."""
+        return self._collective(CollectiveKind.ALL_TO_ALL, axes, num_bytes, float(num_bytes))
+
+    def _collective(self, kind: CollectiveKind, axes: tuple[int, ...], num_bytes: int, sent_bytes: float) -> Price:
+        return Price(self._seconds(kind, axes, num_bytes), sent_bytes, self.levels(axes))
+
+    def _others(self, axes: tuple[int, ...]) -> float:
+        """Return the share of the other ranks of a group along these axes."""
+        size = math.prod(self.router.mesh.shape[a] for a in axes)
+        return (size - 1) / size
+
+    def _seconds(self, kind: CollectiveKind, axes: tuple[int, ...], num_bytes: int) -> float:
+        """Return the time of a collective: measured, or by formula from the links."""
+        key = kind, axes, num_bytes
+        if key not in self._times:
+            measured = self.measured(kind, axes)
+            self._times[key] = (
+                measured.seconds(num_bytes) if measured else _FORMULAS[kind](self.router, axes, num_bytes)
+            )
+        return self._times[key]
+
+    def levels(self, axes: tuple[int, ...]) -> int:
+        """Return the levels of the machine that groups along these axes span, as a set of bits."""
+        return sum({self._level_bits[a] for a in axes})
+
+    def measured(self, kind: CollectiveKind, axes: tuple[int, ...]) -> MeasuredCollective | None:
+        """Return the measurements of a collective along these axes: they must be whole levels of the machine."""
+        if not self.router.graph.collectives:
+            return None
+        key = (kind, axes)
+        if key not in self._measured:
+            self._measured[key] = self._find_measured(kind, axes)
+        return self._measured[key]
+
+    def _find_measured(self, kind: CollectiveKind, axes: tuple[int, ...]) -> MeasuredCollective | None:
+        graph, shape = self.router.graph, self.router.mesh.shape
+        spanned = [level for i, level in enumerate(graph.levels) if self.levels(axes) >> i & 1]
+        if math.prod(shape[a] for a in axes) != math.prod(level.size for level in spanned):
+            return None
+        names = tuple(level.name for level in spanned)
+        return next((c for c in graph.collectives if (c.kind, c.levels) == (kind, names)), None)
+
+    def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:
+        """Return the price of a step between ranks; what the bytes are of says ``planner.cost.moves.Move``."""
+        match kind:
             case StepKind.ALL_REDUCE:
-                return self.all_reduce(step.axes, held)
+                return self.all_reduce(axes, num_bytes)
             case StepKind.REDUCE_SCATTER:
-                path = self.router.ring(step.axes)
-                return Price(ring_reduce_scatter_s(held, size, path), share * held)
+                return self.reduce_scatter(axes, num_bytes)
             case StepKind.ALL_GATHER:
-                return self.all_gather(step.axes, math.prod(step.target.largest_shape()) * item_bytes)
+                return self.all_gather(axes, num_bytes)
             case _:
-                moved = largest_received(step.source, step.target) * item_bytes
-                return Price(exchange_s(self.router, step.axes, moved), float(moved))
+                return self.exchange(axes, num_bytes)

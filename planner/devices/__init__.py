@@ -8,7 +8,6 @@ from planner.devices.library import (
     clusters,
     device_kinds,
     equal_devices,
-    host_graph,
     network_kinds,
     two_level,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "clusters",
     "device_kinds",
     "equal_devices",
-    "host_graph",
     "network_kinds",
     "profiles_path",
     "read_cluster",

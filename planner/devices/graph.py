@@ -11,14 +11,14 @@ from typing import Final, Literal
 import networkx
 from networkx import Graph
 
-from planner.devices.paths import Paths
+from planner.devices.measured import MeasuredCollective
+from planner.devices.paths import Paths, weight_of
 from planner.errors import FormatError, UnknownNameError, UsageError
 from planner.ir.canonical import sha256_of
 from planner.ir.mesh import Mesh, MeshAxis
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
 MAX_FACTORS: Final = 3  # of one level; a layer splits at most sample, one more and a channel there
-_HOP_S: Final = 1e-12  # added per link where routes are compared, so that ties go to fewer links
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class DeviceGraph:
         devices: in rank order; the innermost level runs fastest.
         switches: ids of what only forwards.
         levels: outermost first; their sizes multiply to the number of devices.
+        collectives: measured on this machine; others are computed from the links.
 
     Raises:
         FormatError: every contradiction, with its JSON path in a cluster file.
@@ -79,6 +80,7 @@ class DeviceGraph:
     switches: tuple[str, ...]
     links: tuple[Link, ...]
     levels: tuple[Level, ...]
+    collectives: tuple[MeasuredCollective, ...] = ()
 
     def __post_init__(self) -> None:
         problems = list(itertools.chain(_number_problems(self), _structure_problems(self)))
@@ -89,7 +91,7 @@ class DeviceGraph:
             raise FormatError(f"cluster {self.name!r}", problems)
 
     def nx(self) -> "Graph[str]":
-        """Return a frozen graph over the ids; edges carry ``link`` and their ``weight`` in s."""
+        """Return a frozen graph over the ids; edges carry ``link`` and their ``weight`` (``paths.weight_of``)."""
         return self._nx
 
     @cached_property
@@ -97,7 +99,7 @@ class DeviceGraph:
         graph: Graph[str] = Graph()
         graph.add_nodes_from((*(device.id for device in self.devices), *self.switches))
         for link in self.links:
-            graph.add_edge(link.a, link.b, link=link, weight=link.latency_s + _HOP_S)
+            graph.add_edge(link.a, link.b, link=link, weight=weight_of(link.latency_s))
         networkx.freeze(graph)
         return graph
 
@@ -217,12 +219,28 @@ def _structure_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
     yield from _repeated(ids)
     yield from _repeated(levels)
     yield from _link_problems(graph, {name for _, name in ids})
+    yield from _collective_problems(graph)
     for path, name in levels:
         if re.fullmatch("[a-z]+", name) is None:
             yield path, f"must be lower-case letters, found {name!r}"
     if not graph.devices or math.prod(level.size for level in graph.levels) != len(graph.devices):
         sizes = " x ".join(str(level.size) for level in graph.levels)
         yield "$.levels", f"{sizes or 'no levels'} do not give {len(graph.devices)} devices"
+
+
+def _collective_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+    known = [level.name for level in graph.levels]
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for index, measured in enumerate(graph.collectives):
+        here = f"$.collectives[{index}]"
+        if list(measured.levels) != [name for name in known if name in measured.levels] or not measured.levels:
+            yield f"{here}.levels", f"must be levels of this machine, outermost first, found {list(measured.levels)}"
+        if (measured.kind, measured.levels) in seen:
+            yield here, f"{measured.kind} over {list(measured.levels)} appears twice"
+        seen.add((measured.kind, measured.levels))
+        sizes = [point.num_bytes for point in measured.points]
+        if len(sizes) < 2 or sizes != sorted(set(sizes)):
+            yield f"{here}.points", f"needs at least two points in ascending order of num_bytes, found {sizes}"
 
 
 def _repeated(names: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from planner.devices.files import profiles_path
-from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.graph import Device, DeviceGraph, Level
 from planner.devices.schema import (
     MAX_DEVICES,
     BusKind,
     DeviceKind,
     DeviceKindsFile,
-    LinkKind,
     LinkKindsFile,
     NetworkKind,
     read_cluster,
 )
+from planner.devices.topology import Wiring, wire
 from planner.errors import UnknownNameError, UsageError
 from planner.ir.canonical import decode_file
 
@@ -33,6 +33,10 @@ _SHIPPED: Final = {
     "4x4-p100-ib100": "OptCNN's cluster: 4 nodes of 4 P100, NVLink inside, 100 Gbit/s between",
     "8xk20-pcie": "one weird trick's machine: 8 K20, 4 on each of two PCIe 2.0 switches",
     "16x1-t4-eth10": "16 nodes of one T4 on 10 Gbit/s Ethernet",
+    "8xk80-qpi": "8 K80 halves, two behind each PCIe 3.0 switch, four on each of two sockets joined by QPI",
+    "36x4-p100-fat100": "36 nodes of 4 P100, 18 on each leaf of a fat tree of 36-port InfiniBand switches",
+    "16xhmc-htree": "HyPar's machine: 16 accelerators on an H-tree of 1600 Mbit/s links",
+    "16xhmc-torus": "HyPar's alternative: the same 16 on a 4 x 4 torus",
 }
 _KindT = TypeVar("_KindT", DeviceKind, BusKind, NetworkKind)
 
@@ -106,11 +110,6 @@ def equal_devices(num_devices: int) -> DeviceGraph:
     return cluster(f"{num_devices}xaccelerator-nvlink")
 
 
-def host_graph(num_ranks: int, device: DeviceKind, bus: BusKind) -> DeviceGraph:
-    """Return one host whose ranks have these, usually measured, values."""
-    return two_level(f"local-{num_ranks}", 1, num_ranks, device, bus)
-
-
 def two_level(
     name: str,
     nodes: int,
@@ -121,66 +120,63 @@ def two_level(
 ) -> DeviceGraph:
     """Return ``nodes`` times ``devices`` devices: a bus inside each node, a network between them.
 
-    Every node has a switch for its devices, with a switch of its own for each island where the
-    bus has islands. Network cards hang on the node's switch or on each device. One node has a
-    single level, and no network.
+    Network cards hang on the node's switch or on each device. One node has no network. Levels are
+    the nodes and the devices of each, with one more above each where the topology has one: the
+    leaves of a fat tree, sockets, the rows of a torus, the branches of an H-tree.
 
     Raises:
-        UsageError: no devices or more than 65,536, or several nodes without a network.
+        UsageError: no devices or more than 65,536, several nodes without a network, or a topology
+            that does not exist for so many.
     """
     if not 1 <= nodes * devices <= MAX_DEVICES:
         raise UsageError(f"{name!r} has {nodes * devices} devices, not 1 to {MAX_DEVICES}")
-    if nodes == 1:
-        switches, links = _node("", devices, device, bus)
-        return DeviceGraph(name, _devices([""], devices, device), switches, links, (Level(device.level, devices),))
-    if network is None:
+    if nodes > 1 and network is None:
         raise UsageError(f"{name!r} has {nodes} nodes and no network between them")
-    prefixes = [f"node{node}." for node in range(nodes)]
-    all_switches, all_links = ["network"], list[Link]()
-    for prefix in prefixes:
-        switches, links = _node(prefix, devices, device, bus)
-        ends = ["switch"]
-        if network.card_per == "device":
-            ends = [f"{device.level}{index}" for index in range(devices)]
-        all_switches += switches
-        all_links += [*links, *(_link(prefix + end, "network", network) for end in ends)]
+    prefixes = [f"node{node}." if nodes > 1 else "" for node in range(nodes)]
+    ids = [[f"{prefix}{device.level}{index}" for index in range(devices)] for prefix in prefixes]
+    wirings = [wire(ends, f"{prefix}switch", bus) for prefix, ends in zip(prefixes, ids, strict=True)]
+    levels = _levels(Level(device.level, devices), wirings[0].outer)
+    if network is not None and nodes > 1:
+        between = wire(_cards(name, network, wirings, ids), "network", network)
+        wirings.insert(0, between)
+        levels = (*_levels(Level("node", nodes), between.outer), *levels)
     return DeviceGraph(
         name,
-        _devices(prefixes, devices, device),
-        tuple(all_switches),
-        tuple(all_links),
-        (Level("node", nodes), Level(device.level, devices)),
+        tuple(_device(member, device) for ends in ids for member in ends),
+        tuple(switch for wiring in wirings for switch in wiring.switches),
+        tuple(link for wiring in wirings for link in wiring.links),
+        levels,
     )
 
 
-def _devices(prefixes: list[str], devices: int, kind: DeviceKind) -> tuple[Device, ...]:
-    return tuple(
-        Device(
-            id=f"{prefix}{kind.level}{index}",
-            kind=kind.name,
-            memory_bytes=kind.memory_bytes,
-            peak_flop_per_s={str(key): peak for key, peak in kind.peak_flop_per_s.items()},
-            memory_bandwidth_bytes_per_s=kind.memory_bandwidth_bytes_per_s,
+def _cards(name: str, network: NetworkKind, nodes: list[Wiring], devices: list[list[str]]) -> list[str]:
+    """Return what the network's cards hang on."""
+    if network.card_per == "device":
+        return [member for ends in devices for member in ends]
+    hubs = [node.hub for node in nodes if node.hub is not None]
+    if len(hubs) < len(nodes):
+        raise UsageError(
+            f"{name!r}: {network.name!r} has one card for a node, which hangs on the node's switch, and there is "
+            f"none; name a network with a card for each device, or write a cluster file"
         )
-        for prefix in prefixes
-        for index in range(devices)
+    return hubs
+
+
+def _levels(inner: Level, outer: Level | None) -> tuple[Level, ...]:
+    """Return the levels of a bus or network: parts that hold several ends, then these."""
+    if outer is None or inner.size % outer.size:  # parts of cards may cut through a node
+        return (inner,)
+    return outer, Level(inner.name, inner.size // outer.size)
+
+
+def _device(device_id: str, kind: DeviceKind) -> Device:
+    return Device(
+        id=device_id,
+        kind=kind.name,
+        memory_bytes=kind.memory_bytes,
+        peak_flop_per_s={str(key): peak for key, peak in kind.peak_flop_per_s.items()},
+        memory_bandwidth_bytes_per_s=kind.memory_bandwidth_bytes_per_s,
     )
-
-
-def _node(prefix: str, devices: int, device: DeviceKind, bus: BusKind) -> tuple[tuple[str, ...], tuple[Link, ...]]:
-    """Return the switches and links of one node."""
-    ids = [f"{prefix}{device.level}{index}" for index in range(devices)]
-    hub, islands = f"{prefix}switch", bus.islands
-    if islands is None or devices <= islands.devices:
-        return (hub,), tuple(_link(member, hub, bus) for member in ids)
-    uplink = bus.model_copy(update={"bandwidth_bytes_per_s": islands.uplink_bandwidth_bytes_per_s})
-    leaves = [f"{hub}{index}" for index in range(-(-devices // islands.devices))]
-    down = (_link(member, leaves[i // islands.devices], bus) for i, member in enumerate(ids))
-    return (hub, *leaves), (*down, *(_link(leaf, hub, uplink) for leaf in leaves))
-
-
-def _link(a: str, b: str, kind: LinkKind) -> Link:
-    return Link(a, b, kind.name, kind.latency_s, kind.bandwidth_bytes_per_s, kind.duplex)
 
 
 def _bus(device: DeviceKind, name: str) -> BusKind:

@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.measured import CollectiveKind, CollectivePoint, MeasuredCollective
 from planner.errors import FormatError
 from planner.ir.canonical import StrictModel, decode_file, write_atomically
 
@@ -47,6 +48,28 @@ class LevelEntry(StrictModel):
     size: Annotated[int, Field(ge=1, le=MAX_DEVICES)]
 
 
+class PointEntry(StrictModel):
+    """One size of a measured collective; the fields of ``measured.CollectivePoint``."""
+
+    num_bytes: PositiveInt
+    seconds: Positive
+    loaded_s: Positive
+    lost_s: Latency
+
+
+class CollectiveEntry(StrictModel):
+    """A measured collective; the fields of ``measured.MeasuredCollective``."""
+
+    kind: CollectiveKind
+    levels: Annotated[tuple[Name, ...], Field(min_length=1, max_length=16)]
+    points: Annotated[tuple[PointEntry, ...], Field(min_length=2, max_length=1000)]
+
+    def collective(self) -> MeasuredCollective:
+        """Return it as the cost model takes it."""
+        points = tuple(CollectivePoint(**point.model_dump()) for point in self.points)
+        return MeasuredCollective(self.kind, self.levels, points)
+
+
 class ClusterFile(StrictModel):
     """A machine as a file; the fields of ``graph.DeviceGraph``."""
 
@@ -56,6 +79,7 @@ class ClusterFile(StrictModel):
     devices: Annotated[tuple[DeviceEntry, ...], Field(max_length=MAX_DEVICES)]
     switches: Annotated[tuple[Name, ...], Field(max_length=2 * MAX_DEVICES)]
     links: Annotated[tuple[LinkEntry, ...], Field(max_length=4 * MAX_DEVICES)]
+    collectives: Annotated[tuple[CollectiveEntry, ...], Field(max_length=1000)] = ()
 
 
 class DeviceKind(StrictModel):
@@ -76,31 +100,88 @@ class DeviceKind(StrictModel):
     source: Source
 
 
+class OneSwitch(StrictModel):
+    """Every end on one switch: NVSwitch, or an Ethernet switch."""
+
+    kind: Literal["switch"]
+
+
+class Switches(StrictModel):
+    """A PCIe tree: so many ends under each switch, the switches under one host.
+
+    Attributes:
+        uplink_bandwidth_bytes_per_s: of the link from a switch to the host.
+    """
+
+    kind: Literal["switches"]
+    per_switch: PositiveInt
+    uplink_bandwidth_bytes_per_s: Positive
+
+
+class Sockets(StrictModel):
+    """A PCIe tree under each of several processors, which are joined pairwise.
+
+    Attributes:
+        per_switch: ends under each PCIe switch.
+        uplink_bandwidth_bytes_per_s: of the link from a switch to its processor.
+        socket_latency_s, socket_bandwidth_bytes_per_s: of the link between two processors, such as
+            QPI or UPI.
+    """
+
+    kind: Literal["sockets"]
+    per_switch: PositiveInt
+    uplink_bandwidth_bytes_per_s: Positive
+    sockets: Annotated[int, Field(ge=2, le=64)]
+    socket_latency_s: Latency
+    socket_bandwidth_bytes_per_s: Positive
+
+
+class FatTree(StrictModel):
+    """Leaf switches with so many ends each, all of them linked to all spine switches.
+
+    Attributes:
+        uplink_bandwidth_bytes_per_s: of the link between one leaf and one spine; less than
+            ``per_switch`` x the ends' bandwidth / ``spines`` is oversubscribed.
+    """
+
+    kind: Literal["fat_tree"]
+    per_switch: PositiveInt
+    spines: Annotated[int, Field(ge=1, le=1024)]
+    uplink_bandwidth_bytes_per_s: Positive
+
+
+class Torus(StrictModel):
+    """A two-dimensional torus of the ends themselves, as square as their number allows."""
+
+    kind: Literal["torus"]
+
+
+class HTree(StrictModel):
+    """A binary tree whose links double in bandwidth from level to level; the kind's is that of the ends."""
+
+    kind: Literal["h_tree"]
+
+
+Topology = Annotated[OneSwitch | Switches | Sockets | FatTree | Torus | HTree, Field(discriminator="kind")]
+
+
 class LinkKind(StrictModel):
-    """Values of one kind of link: latency of one link, bandwidth per direction, their source."""
+    """Values of one kind of link: latency of one link, bandwidth per direction, their source.
+
+    Attributes:
+        topology: how such links join what they join.
+    """
 
     name: Name
     latency_s: Latency
     bandwidth_bytes_per_s: Positive
     duplex: Duplex
+    topology: Topology = OneSwitch(kind="switch")
     source: Source
 
 
-class Island(StrictModel):
-    """The devices under one switch of a bus, and the link that joins the switch to the host."""
-
-    devices: PositiveInt
-    uplink_bandwidth_bytes_per_s: Positive
-
-
 class BusKind(LinkKind):
-    """Joins the devices of one node over switches.
-
-    Attributes:
-        islands: how the devices spread over switches; absent where one switch joins them all.
-    """
-
-    islands: Island | None = None
+    """Joins the devices of one node."""
 
 
 class NetworkKind(LinkKind):
@@ -146,6 +227,7 @@ def read_cluster(path: Path) -> DeviceGraph:
             switches=file.switches,
             links=tuple(Link(**entry.model_dump()) for entry in file.links),
             levels=tuple(Level(**entry.model_dump()) for entry in file.levels),
+            collectives=tuple(entry.collective() for entry in file.collectives),
         )
     except FormatError as error:
         raise FormatError(f"cluster file {path}", error.problems) from error

@@ -84,7 +84,7 @@ def trace_layers(
     unify_uses(found.drafts)
     saved, sizes = _saved_bytes(found), _own_sizes(found)
     concats: _Concats = {}
-    layers = tuple(_layer(found, draft, concats, saved.get(draft, 0)) for draft in found.drafts)
+    layers = tuple(_layer(found, draft, concats, saved.get(draft, _Saved())) for draft in found.drafts)
     graph.lint()
     return TracedModel(
         graph,
@@ -121,7 +121,15 @@ _Concats = dict[tuple[int, tuple[fx.Node, ...]], fx.Node]
 """Earlier concatenations by dimension and parts."""
 
 
-def _layer(found: Drafts, draft: Draft, concats: _Concats, saved_bytes: int) -> Layer:
+@dataclass(slots=True)
+class _Saved:
+    """Bytes that autograd keeps for a layer; ``constant`` are those of them that no split makes fewer."""
+
+    num_bytes: int = 0
+    constant: int = 0
+
+
+def _layer(found: Drafts, draft: Draft, concats: _Concats, saved: _Saved) -> Layer:
     inner = zip(draft.nodes[1:], draft.ops[1:], strict=True)
     return Layer(
         id=draft.id,
@@ -132,7 +140,8 @@ def _layer(found: Drafts, draft: Draft, concats: _Concats, saved_bytes: int) -> 
         absorbed=tuple(Absorbed(name_in_model(n), op) for n, op in inner),
         follows=draft.follows.id if draft.follows else None,
         origin=str(draft.last.meta.get("origin", "")),
-        saved_bytes=saved_bytes,
+        saved_bytes=saved.num_bytes,
+        saved_constant_bytes=saved.constant,
     )
 
 
@@ -155,21 +164,40 @@ def _shared_prefix(draft: Draft, sources: list[fx.Node], concats: _Concats) -> l
     return sources
 
 
-def _saved_bytes(found: Drafts) -> dict[Draft, int]:
-    """Return the bytes that autograd keeps of each layer's results, and of what its operators made beside."""
+def _saved_bytes(found: Drafts) -> dict[Draft, _Saved]:
+    """Return the bytes that autograd keeps of each layer's results, and of what its operators made beside.
+
+    What is kept of constants (weights computed from weights) counts with the first layer that reads them.
+    """
     owner: dict[int, Draft | None] = {}
+    constants: set[int] = set()
     for node in found.graph.nodes:
         for storage, _ in _storages(node.meta.get("val")):
-            owner.setdefault(storage, found.of.get(node))  # None: a constant, kept by the first to need it
-    kept: dict[Draft, int] = {}
+            owner.setdefault(storage, found.of.get(node))
+            if node in found.constant:
+                constants.add(storage)
+    kept: dict[Draft, _Saved] = {}
     seen: set[int] = set()
     for node in found.graph.nodes:
         for storage, num_bytes in _storages(node.meta.get("saved", ())):
-            draft = owner.get(storage) or found.of.get(node)
+            draft = owner.get(storage) or found.of.get(node) or _first_reader(found, node)
             if storage not in seen and draft is not None:
-                kept[draft] = kept.get(draft, 0) + scaled(num_bytes, found.batch)
+                saved = kept.setdefault(draft, _Saved())
+                size = scaled(num_bytes, found.batch)
+                saved.num_bytes += size
+                saved.constant += size if storage in constants or node in found.constant else 0
             seen.add(storage)
     return kept
+
+
+def _first_reader(found: Drafts, node: fx.Node) -> Draft | None:
+    """Return the first layer that reads a constant, directly or through other constants."""
+    stack, behind = [node], {node}
+    while stack:
+        fresh = [user for user in stack.pop().users if user not in behind]
+        behind.update(fresh)
+        stack.extend(user for user in fresh if user not in found.of)
+    return next((draft for draft in found.drafts if not behind.isdisjoint(draft.nodes)), None)
 
 
 def _storages(value: Any) -> list[tuple[int, int]]:

@@ -59,6 +59,7 @@ class Layer:
         origin: place in the user's code, for messages; no part of the digest.
         saved_bytes: of this layer's results and what its operators keep beside them, held for backward;
             of the whole batch. No part of the digest: it may differ between versions of torch.
+        saved_constant_bytes: those of ``saved_bytes`` that every rank holds whole: of weights computed from weights.
     """
 
     id: LayerId
@@ -70,6 +71,7 @@ class Layer:
     follows: LayerId | None = None
     origin: str = field(default="", compare=False)
     saved_bytes: int = field(default=0, compare=False)
+    saved_constant_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

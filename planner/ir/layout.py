@@ -8,7 +8,7 @@ outer axes are unions of the pieces of all axes.
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from planner.ir.halo import AnyWindow
@@ -151,7 +151,11 @@ class Layout:
 
     def with_placements(self, placements: tuple[Placement, ...]) -> "Layout":
         """Return this layout with other placements."""
-        return self if placements == self.placements else replace(self, placements=placements)
+        return self if placements == self.placements else self._family.at(placements)
+
+    @functools.cached_property
+    def _family(self) -> "LayoutFamily":
+        return family(self.shape, self.mesh, self.cuts)
 
     def with_size(self, dim: int, size: int) -> "Layout":
         """Return this layout for a tensor of another size in one dimension (another batch)."""
@@ -207,5 +211,38 @@ class Layout:
 
     def has_empty_piece(self) -> bool:
         """Return whether some rank would hold nothing of a dimension that is cut."""
-        cut = [dim for dim in range(len(self.shape)) if self.axes_of(dim)]
-        return any(a >= b for dim in cut for a, b in self.pieces(dim))
+        return self._has_empty_piece
+
+    @functools.cached_property
+    def _has_empty_piece(self) -> bool:
+        return any(a >= b for dim, axes in enumerate(self._axes) if axes for a, b in self._pieces[dim])
+
+
+@dataclass(frozen=True)
+class LayoutFamily:
+    """The layouts of one tensor that differ in their placements only, each made once.
+
+    A layout keeps what was derived from it, its hash and its pieces among others. Splits by the
+    hundred ask for the same few layouts.
+
+    Attributes:
+        shape, mesh, cuts: as of ``Layout``.
+    """
+
+    shape: tuple[int, ...]
+    mesh: Mesh
+    cuts: tuple[Cut, ...]
+    _made: dict[tuple[Placement, ...], Layout] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, placements: tuple[Placement, ...]) -> Layout:
+        """Return the layout with these placements."""
+        found = self._made.get(placements)
+        if found is None:
+            found = self._made[placements] = Layout(self.shape, self.mesh, placements, self.cuts)
+        return found
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def family(shape: tuple[int, ...], mesh: Mesh, cuts: tuple[Cut, ...]) -> LayoutFamily:
+    """Return the layouts of a tensor, for its shape and cuts as of ``Layout``."""
+    return LayoutFamily(shape, mesh, cuts)

@@ -13,9 +13,9 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from planner.ir.dimension import Dimension
-from planner.ir.graph import Layer, LayerGraph, Parameter
+from planner.ir.graph import Layer, LayerGraph
 from planner.ir.halo import AdaptiveWindow, AnyWindow, InterpolationWindow, ScaleWindow, TransposedWindow, Window
-from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Placement, Whole
+from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, LayoutFamily, Placement, Whole, family
 from planner.ir.mesh import Mesh
 from planner.ir.ops import (
     AdaptivePool,
@@ -362,7 +362,17 @@ class LayerLayouts:
     params: tuple[Layout, ...]
 
 
-def _param_placement(parameter: Parameter, dimension: Dimension, computed: Placement) -> Placement:
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the layouts of a parameter depend on; attributes as of ``Parameter``."""
+
+    shape: tuple[int, ...]
+    out_dim: int | None
+    in_dim: int | None
+    whole: bool
+
+
+def _param_placement(parameter: _Held, dimension: Dimension, computed: Placement) -> Placement:
     """Return how a mesh axis holds a parameter.
 
     Where the axis leaves partial sums, only what is multiplied before they are resolved is cut. All else works
@@ -378,37 +388,117 @@ def _param_placement(parameter: Parameter, dimension: Dimension, computed: Place
     return parameter.out_dim if by_channel and parameter.out_dim is not None and not parameter.whole else Whole.SHARED
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _layouts(
-    op: Op, inputs: tuple[TensorSpec, ...], output: TensorSpec, params: tuple[Parameter, ...], mesh: Mesh, split: Split
-) -> LayerLayouts:  # fmt: skip
-    found = rule(op, inputs, output)
-    chosen = [found.effects[d] for d in split.dimensions]
-    cuts = list(activation_cuts(output, found.output_units))
-    if isinstance(op, Conv | ConvTranspose | Linear):
-        cuts[channel_dim(op, output)] = CHUNK
-    output_cuts = tuple(cuts)
-    computed = Layout(output.shape, mesh, tuple(e.output for e in chosen), output_cuts)
-    resolved = tuple(
-        _resolved(dimension, placement, channel_dim(op, output))
-        for dimension, placement in zip(split.dimensions, computed.placements, strict=True)
-    )
-    return LayerLayouts(
-        inputs=tuple(
-            Layout(spec.shape, mesh, tuple(e.inputs[k] for e in chosen), _input_cuts(found, k, spec, op, output_cuts))
-            for k, spec in enumerate(inputs)
-        ),
-        computed=computed,
-        output=computed.with_placements(resolved),
-        params=tuple(
-            Layout(
-                p.spec.shape, mesh,
-                tuple(_param_placement(p, d, e.output) for d, e in zip(split.dimensions, chosen, strict=True)),
-                (CHUNK,) * len(p.spec.shape),
-            )
-            for p in params
-        ),
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The layouts of a layer's tensors, by placements."""
+
+    inputs: tuple[LayoutFamily, ...]
+    output: LayoutFamily
+    params: tuple[LayoutFamily, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a layer's tensors lie on a mesh under any split; each split is worked out once.
+
+    Attributes:
+        op, inputs, output: the operator with the tensors that it reads and makes.
+        params: of the layer.
+        mesh: the ranks.
+    """
+
+    op: Op
+    inputs: Specs
+    output: TensorSpec
+    params: tuple[_Held, ...]
+    mesh: Mesh
+    _found: dict[Split, LayerLayouts] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def effects(self) -> Mapping[Dimension, Effect]:
+        """What each legal dimension does."""
+        return self._rule.effects
+
+    @functools.cached_property
+    def _rule(self) -> Rule:
+        return rule(self.op, self.inputs, self.output)
+
+    @functools.cached_property
+    def _tensors(self) -> _Tensors:
+        op, output, found = self.op, self.output, self._rule
+        cuts = list(activation_cuts(output, found.output_units))
+        if isinstance(op, Conv | ConvTranspose | Linear):
+            cuts[channel_dim(op, output)] = CHUNK
+        output_cuts = tuple(cuts)
+        return _Tensors(
+            inputs=tuple(
+                family(spec.shape, self.mesh, _input_cuts(found, k, spec, op, output_cuts))
+                for k, spec in enumerate(self.inputs)
+            ),
+            output=family(output.shape, self.mesh, output_cuts),
+            params=tuple(family(p.shape, self.mesh, (CHUNK,) * len(p.shape)) for p in self.params),
+        )
+
+    @functools.cached_property
+    def _held(self) -> Mapping[_Held, Mapping[Dimension, Placement]]:
+        """How an axis that splits a dimension holds each parameter; those that lie alike are one entry."""
+        return {p: {d: _param_placement(p, d, e.output) for d, e in self.effects.items()} for p in self.params}
+
+    def layouts(self, split: Split) -> LayerLayouts:
+        """Return every layout under a split.
+
+        Raises:
+            KeyError: the split uses a dimension that is illegal for the operator.
+        """
+        found = self._found.get(split)
+        if found is None:
+            found = self._found[split] = self._layouts(split.dimensions)
+        return found
+
+    def _layouts(self, dimensions: tuple[Dimension, ...]) -> LayerLayouts:
+        tensors, chosen = self._tensors, [self.effects[d] for d in dimensions]
+        computed = tensors.output.at(tuple(e.output for e in chosen))
+        channel = channel_dim(self.op, self.output)
+        resolved = tuple(_resolved(d, e.output, channel) for d, e in zip(dimensions, chosen, strict=True))
+        held = {p: tuple(self._held[p][d] for d in dimensions) for p in self._held}
+        return LayerLayouts(
+            inputs=tuple(t.at(tuple(e.inputs[k] for e in chosen)) for k, t in enumerate(tensors.inputs)),
+            computed=computed,
+            output=tensors.output.at(resolved),
+            params=tuple(t.at(held[p]) for t, p in zip(tensors.params, self.params, strict=True)),
+        )
+
+    def is_legal(self, split: Split) -> bool:
+        """Return whether the layer may be split so: known dimensions, no empty piece, whole groups, real samples."""
+        if any(dimension not in self.effects for dimension in split.dimensions):
+            return False
+        found = self.layouts(split)
+        if any(layout.has_empty_piece() for layout in (*found.inputs, found.output, *found.params)):
+            return False
+        match self.op:
+            case Conv(groups=groups) | ConvTranspose(groups=groups) if groups > 1:
+                return _on_borders(found.output, self.op.out_channels // groups, groups) and _on_borders(
+                    found.inputs[0], self.op.in_channels // groups, groups
+                )
+            case GroupNorm(groups=groups, channels=channels):
+                return _on_borders(found.output, channels // groups, groups)
+            case _:
+                return True
+
+
+_partition = functools.lru_cache(maxsize=1 << 12)(Partition)
+
+
+def partition(layer: Layer, inputs: Specs, mesh: Mesh) -> Partition:
+    """Return how the tensors of a layer lie on a mesh; layers that look alike share it.
+
+    Args:
+        layer: the layer.
+        inputs: the tensors that it reads.
+        mesh: the ranks.
+    """
+    params = tuple(_Held(p.spec.shape, p.out_dim, p.in_dim, p.whole) for p in layer.params)
+    return _partition(layer.op, inputs, layer.output, params, mesh)
 
 
 def _resolved(dimension: Dimension, placement: Placement, channel: int) -> Placement:
@@ -423,7 +513,7 @@ def layouts(layer: Layer, inputs: tuple[TensorSpec, ...], mesh: Mesh, split: Spl
     Raises:
         KeyError: the split uses a dimension that is illegal for the operator.
     """
-    return _layouts(layer.op, inputs, layer.output, layer.params, mesh, split)
+    return partition(layer, inputs, mesh).layouts(split)
 
 
 def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
@@ -433,23 +523,8 @@ def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
 
 
 def is_legal(layer: Layer, graph: LayerGraph, mesh: Mesh, split: Split) -> bool:
-    """Return whether a layer may be split so: known dimensions, no empty piece, whole groups, real samples."""
-    inputs = graph.inputs_of(layer)
-    table = effects(layer.op, inputs, layer.output)
-    if any(dimension not in table for dimension in split.dimensions):
-        return False
-    found = layouts(layer, inputs, mesh, split)
-    if any(layout.has_empty_piece() for layout in (*found.inputs, found.output, *found.params)):
-        return False
-    match layer.op:
-        case Conv(groups=groups) | ConvTranspose(groups=groups) if groups > 1:
-            return _on_borders(found.output, layer.op.out_channels // groups, groups) and _on_borders(
-                found.inputs[0], layer.op.in_channels // groups, groups
-            )
-        case GroupNorm(groups=groups, channels=channels):
-            return _on_borders(found.output, channels // groups, groups)
-        case _:
-            return True
+    """Return whether a layer may be split so, as ``Partition.is_legal``."""
+    return partition(layer, graph.inputs_of(layer), mesh).is_legal(split)
 
 
 def _on_borders(layout: Layout, unit: int, groups: int) -> bool:
@@ -472,7 +547,7 @@ def legal_splits(
     if isinstance(layer.op, Input | Output):
         return (io_split(layer.output, mesh, io),)
     permitted = {*allowed, Dimension.REPLICATE, Dimension.BROADCAST}
-    table = effects(layer.op, graph.inputs_of(layer), layer.output)
-    dims = [d for d in Dimension if d in permitted and d in table]
+    found = partition(layer, graph.inputs_of(layer), mesh)
+    dims = [d for d in Dimension if d in permitted and d in found.effects]
     candidates = (Split.of(mesh, choice) for choice in itertools.product(dims, repeat=len(mesh.axes)))
-    return tuple(split for split in candidates if is_legal(layer, graph, mesh, split))
+    return tuple(split for split in candidates if found.is_legal(split))

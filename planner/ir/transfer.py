@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from planner.ir.layout import Layout, Placement, Whole
+from planner.ir.layout import Layout, Placement, Whole, family
 from planner.ir.region import Region
 
 
@@ -118,7 +118,7 @@ def _with_dim_of(layout: Layout, other: Layout, dims: set[int]) -> Layout:
         if placement in dims:
             placements[i] = placement
     cuts = tuple(other.cuts[d] if d in dims else cut for d, cut in enumerate(layout.cuts))
-    return Layout(layout.shape, layout.mesh, tuple(placements), cuts)
+    return family(layout.shape, layout.mesh, cuts).at(tuple(placements))
 
 
 @functools.lru_cache(maxsize=1 << 16)

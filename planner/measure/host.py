@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -17,26 +16,27 @@ from typing import Final
 import numpy as np
 import platformdirs
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from planner.devices.graph import DeviceGraph
-from planner.devices.library import bus_kinds, device_kinds, host_graph
+from planner.devices.library import device_kinds
+from planner.devices.schema import CollectiveEntry, DeviceKind
 from planner.errors import UsageError
 from planner.ir.canonical import StrictModel, decode_file, write_atomically
-from planner.measure.clock import summarize, synchronize, time_call
+from planner.measure.clock import time_call
+from planner.measure.links import measured_graph
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
 
 _log = logging.getLogger(__name__)
 
-MESSAGE_BYTES: Final = (4, 2**12, 2**16, 2**20, 2**23)
-"""Sizes of the all-reduces to which latency and bandwidth are fitted."""
 LAUNCH_LAYERS: Final = 16
 """Of the chain of tiny layers whose training step is all launches."""
 COPY_ELEMENTS: Final = 2**23
 """32 MiB in fp32: larger than a core's share of the last-level cache."""
 MAX_LOCAL_RANKS: Final = 64
+FORMAT: Final = 2
+"""Of the cached measurements; files of another format are left alone and measured anew."""
 
 
 class HostRates(StrictModel):
@@ -47,8 +47,8 @@ class HostRates(StrictModel):
         bandwidth_bytes_per_s: of element-wise operators, bytes read and written.
         update_bytes_per_s: of an SGD-momentum step, bytes read and written.
         launch_s: of an operator on a tiny tensor; backward starts two for each of forward.
-        latency_s, link_bytes_per_s: of a message between two processes, fitted on all-reduces.
         memory_bytes: of the host, per rank.
+        collectives: between all processes; none for one process.
     """
 
     conv_flop_per_s: float
@@ -56,9 +56,8 @@ class HostRates(StrictModel):
     bandwidth_bytes_per_s: float
     update_bytes_per_s: float
     launch_s: float
-    latency_s: float
-    link_bytes_per_s: float
     memory_bytes: int
+    collectives: tuple[CollectiveEntry, ...] = ()
 
 
 def parse_local(name: str) -> int:
@@ -98,19 +97,22 @@ def local_machine(num_ranks: int, measure: Callable[[int], HostRates]) -> tuple[
 
 def machine_from(rates: HostRates, num_ranks: int) -> tuple[DeviceGraph, ProfileTable]:
     """Return the device graph and profile of these measurements."""
-    device = device_kinds()["cpu"].model_copy(update={
-        "memory_bytes": rates.memory_bytes,
-        "peak_flop_per_s": {"fp32": max(rates.conv_flop_per_s, rates.linear_flop_per_s)},
-        "memory_bandwidth_bytes_per_s": rates.bandwidth_bytes_per_s,
-    })  # fmt: skip
-    bus = bus_kinds()["shm"].model_copy(
-        update={"latency_s": rates.latency_s / 2, "bandwidth_bytes_per_s": rates.link_bytes_per_s}
-    )  # a route crosses two links: process to host, host to process
+    collectives = [entry.collective() for entry in rates.collectives]
     roofline = Roofline(
         {"conv": rates.conv_flop_per_s, "linear": rates.linear_flop_per_s, "": rates.linear_flop_per_s},
         rates.bandwidth_bytes_per_s, rates.launch_s, rates.update_bytes_per_s, measured=True,
     )  # fmt: skip
-    return host_graph(num_ranks, device, bus), ProfileTable(f"{platform.processor() or 'cpu'} (measured)", roofline)
+    graph = measured_graph(f"local-{num_ranks}", 1, num_ranks, device_of(rates), collectives)
+    return graph, ProfileTable(f"{platform.processor() or 'cpu'} (measured)", roofline)
+
+
+def device_of(rates: HostRates) -> DeviceKind:
+    """Return a rank of this host as a kind of device."""
+    return device_kinds()["cpu"].model_copy(update={
+        "memory_bytes": rates.memory_bytes,
+        "peak_flop_per_s": {"fp32": max(rates.conv_flop_per_s, rates.linear_flop_per_s)},
+        "memory_bandwidth_bytes_per_s": rates.bandwidth_bytes_per_s,
+    })  # fmt: skip
 
 
 def cache_path(num_ranks: int) -> Path:
@@ -118,15 +120,16 @@ def cache_path(num_ranks: int) -> Path:
     facts = [
         platform.node(),
         platform.machine(),
-        _cpu_name(),
+        cpu_name(),
         torch.__version__,
         str(threads_per_rank(num_ranks)),
     ]
     key = hashlib.sha256("|".join(facts).encode()).hexdigest()[:12]
-    return Path(platformdirs.user_cache_dir("layerwise")) / f"host-{key}-{num_ranks}.json"
+    return Path(platformdirs.user_cache_dir("layerwise")) / f"host{FORMAT}-{key}-{num_ranks}.json"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the system calls this host's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -138,25 +141,22 @@ def measure_host(num_ranks: int) -> HostRates:
     """Measure this rank while the others do the same; every rank of the job must call it."""
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
-    bandwidth = _bandwidth(device)
-    latency_s, link = _links(num_ranks) if num_ranks > 1 else (0.0, bandwidth)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return HostRates(
         conv_flop_per_s=_conv_rate(generator, device),
         linear_flop_per_s=_linear_rate(generator, device),
-        bandwidth_bytes_per_s=bandwidth,
+        bandwidth_bytes_per_s=_bandwidth(device),
         update_bytes_per_s=_update_rate(device),
         launch_s=_launch(device),
-        latency_s=max(latency_s, 1e-7),
-        link_bytes_per_s=link,
         memory_bytes=total // num_ranks,
     )
 
 
 def median_rates(found: list[HostRates]) -> HostRates:
-    """Return the median over the ranks of every figure."""
-    merged = {name: float(np.median([getattr(r, name) for r in found])) for name in HostRates.model_fields}
-    return HostRates(**{**merged, "memory_bytes": int(merged["memory_bytes"])})  # type: ignore[arg-type]  # floats but one
+    """Return the median over the ranks of every figure; collectives are those of the slowest rank already."""
+    names = [name for name in HostRates.model_fields if name != "collectives"]
+    merged = {name: float(np.median([getattr(r, name) for r in found])) for name in names}
+    return found[0].model_copy(update={**merged, "memory_bytes": int(merged["memory_bytes"])})
 
 
 def _trained_rate(
@@ -200,22 +200,3 @@ def _update_rate(device: torch.device) -> float:
     parameter.grad = torch.ones(COPY_ELEMENTS)
     optimizer = torch.optim.SGD([parameter], 1e-3, momentum=0.9)
     return 5 * parameter.nbytes / time_call(optimizer.step, device).median_s
-
-
-def _links(num_ranks: int) -> tuple[float, float]:
-    """Return latency and bandwidth of a ring's links, fitted by least squares on all-reduces."""
-    rows, seconds = [], []
-    for num_bytes in MESSAGE_BYTES:
-        buffer = torch.zeros(max(num_bytes // 4, 1))
-        samples = []
-        for _ in range(12):
-            dist.barrier()
-            start = time.perf_counter()
-            dist.all_reduce(buffer)
-            synchronize(buffer.device)
-            samples.append(time.perf_counter() - start)
-        median_s = summarize(samples[2:]).median_s
-        rows.append([2 * (num_ranks - 1) / median_s, 2 * (num_ranks - 1) / num_ranks * num_bytes / median_s])
-        seconds.append(1.0)  # relative residuals: small messages count as much as large ones
-    (latency_s, seconds_per_byte), *_ = np.linalg.lstsq(np.array(rows), np.array(seconds), rcond=None)
-    return float(latency_s), 1.0 / max(float(seconds_per_byte), 1e-12)

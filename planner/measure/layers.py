@@ -1,169 +1,171 @@
-"""Times single layers on the shapes of one device's piece, from their profile keys alone."""
+"""Times single layers on the shapes of one device's piece, from their profile keys alone.
 
-import functools
-import json
+A layer is timed as it runs inside a training step: outputs and gradients are fresh memory, freed where autograd frees
+them; what the step made just before (inputs in the forward pass, the gradient of the output in the backward pass) is
+as hot in the caches as making it leaves it; everything else (weights, activations kept for backward) is not.
+"""
+
+import contextlib
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch.nn import functional
 
-from planner.measure.clock import synchronize, time_phases
+from planner.errors import UsageError
+from planner.measure.clock import Alone, Evictor, Timing, elapsed, time_phases
+from planner.measure.kernels import GlobalNorm, Kernel, Maker, kernel_of
+from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
 
-_Shape = tuple[int, ...]
-_Named = tuple[str, dict[str, Any]]
-"""Kind and attributes of an operator."""
-_Forward = Callable[[list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
+Found = Callable[[str, Measurement | None], None]
+_Context = contextlib.AbstractContextManager[object]
 
 
-def measure_layers(keys: Iterable[str], device: torch.device) -> dict[str, Measurement]:
-    """Return the times of the layers behind these ``LocalLayer.key``; those without an own kernel are left out."""
-    found = {}
-    for key in keys:
-        measurement = measure_layer(key, device)
-        if measurement is not None:
-            found[key] = measurement
-    return found
+class LayerTimer:
+    """Times layers on one device.
 
+    Args:
+        device: where.
+        global_norm: the runtime's batch norm over several ranks, with nothing sent.
+        others: processes that time the same layers at the same time. Each phase begins on all of them at once, so that
+            none is timed while another prepares.
+    """
 
-def median_over_ranks(times: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Measurement]:
-    """Join what several ranks timed at once: forward, backward and inter-quartile seconds, repeats."""
-    found = {}
-    for key in times[0]:
-        rows = list(zip(*(rank[key] for rank in times), strict=True))
-        forward_s, backward_s, iqr_s = (statistics.median(row) for row in rows[:3])
-        found[key] = Measurement(forward_s, backward_s, iqr_s, int(rows[3][0]))
-    return found
+    def __init__(self, device: torch.device, global_norm: GlobalNorm, others: Alone | None = None) -> None:
+        self._device, self._global_norm, self._others = device, global_norm, others or Alone()
+        self._evict = Evictor(device)
 
+    def time(self, key: PieceKey) -> Measurement | None:
+        """Return the median times of a piece, or None where it has no kernel of its own.
 
-def measure_layer(key: str, device: torch.device) -> Measurement | None:
-    """Return the time of one layer, or None for layers that compute nothing."""
-    (kind, op), absorbed, shapes, output, dtype_name, input_gradient = _parsed(key)
-    forward = _operator(kind, op, output)
-    if forward is None:
-        return None
-    dtype = getattr(torch, dtype_name)
-    generator = torch.Generator(device=device).manual_seed(0)
+        Raises:
+            UsageError: the device cannot compute in the key's precision, or has no room for the piece.
+        """
+        if key.precision == "tf32" and self._device.type != "cuda":
+            raise UsageError("tf32 is a mode of NVIDIA GPUs: use --device cuda, or another --precision")
+        channels_last = key.memory_format == "channels_last"
+        generator = torch.Generator(self._device).manual_seed(0)
+        make = Maker(self._device, getattr(torch, key.dtype), channels_last, generator)
+        try:
+            with products_in(key.precision):
+                kernel = kernel_of(key, make, self._global_norm)
+                return None if kernel is None else self._timed(key, kernel)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UsageError(f"no memory left to time {key.text}: use a smaller --batch") from error
 
-    def random(shape: _Shape, *, gradient: bool) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_(gradient)
+    def _timed(self, key: PieceKey, kernel: Kernel) -> Measurement:
+        autocast: _Context = contextlib.nullcontext()
+        if key.precision == "bf16":
+            autocast = torch.autocast(self._device.type, torch.bfloat16)
+        both = any(x.requires_grad for x in kernel.inputs) and bool(kernel.params)
 
-    inputs = [random(shape, gradient=input_gradient) for shape in shapes]
-    params = [random(shape, gradient=True) for shape in _param_shapes(kind, op, shapes, output)]
-    tail, tail_params = _absorbed(absorbed, output, random)
-    result = random(output, gradient=False) if output else torch.ones((), dtype=dtype, device=device)
+        def once() -> tuple[float, float, float]:
+            return self._once(kernel, autocast, both=both)
 
-    def once() -> tuple[float, float]:
-        for tensor in (*inputs, *params, *tail_params):
+        forward, data, joint = time_phases(once, self._others)
+        return _measurement(forward, data, joint, both=both, trains=bool(kernel.params))
+
+    def _once(self, kernel: Kernel, autocast: _Context, *, both: bool) -> tuple[float, float, float]:
+        """Return the seconds of forward, backward of the inputs alone (0 unless asked), and backward of all."""
+        for tensor in (*kernel.inputs, *kernel.params):
             tensor.grad = None
-        synchronize(device)
-        start = time.perf_counter()
-        y = tail(forward(inputs, params))
-        synchronize(device)
-        middle = time.perf_counter()
-        if y.requires_grad:
-            y.backward(result)
-            synchronize(device)
-        return middle - start, time.perf_counter() - middle
+        results: list[torch.Tensor] = []
 
-    ahead, back = time_phases(once)
-    return Measurement(ahead.median_s, back.median_s, ahead.iqr_s + back.iqr_s, ahead.num_samples)
+        def forward() -> None:
+            with autocast:
+                results.extend(kernel.forward())
 
+        self._evict()
+        for x in kernel.inputs:
+            _touch(x)
+        forward_s = self._seconds(forward)
+        roots = [y for y in results if y.requires_grad]
+        results.clear()
+        if not roots:
+            return forward_s, 0.0, 0.0
+        data_s = self._backward_of_inputs(roots, kernel) if both else 0.0
+        gradients = self._gradients_of(roots)
 
-def _parsed(key: str) -> tuple[_Named, list[_Named], list[_Shape], _Shape, str, bool]:
-    kind, op, absorbed, shapes, output, dtype, input_gradient = json.loads(key)
-    return (
-        (kind, op), [(k, o) for k, o in absorbed], [tuple(s) for s in shapes], tuple(output), dtype, input_gradient,
-    )  # fmt: skip
+        def backward() -> None:
+            torch.autograd.backward(roots, gradients)
+            roots.clear()
+            gradients.clear()
 
+        return forward_s, data_s, self._seconds(backward)
 
-def _param_shapes(kind: str, op: dict[str, Any], shapes: list[_Shape], output: _Shape) -> list[_Shape]:
-    match kind:
-        case "conv":
-            return [(output[1], shapes[0][1] // op["groups"], *op["kernel"]), (output[1],)]
-        case "linear":
-            return [(output[-1], shapes[0][-1]), (output[-1],)]
-        case "batch_norm":
-            return [(output[1],), (output[1],)]
-        case _:
-            return []
+    def _backward_of_inputs(self, roots: Sequence[torch.Tensor], kernel: Kernel) -> float:
+        leaves = [x for x in kernel.inputs if x.requires_grad]
+        gradients = self._gradients_of(roots)
 
+        def backward() -> None:
+            torch.autograd.grad(roots, leaves, gradients, retain_graph=True, allow_unused=True)
 
-def _operator(kind: str, op: dict[str, Any], output: _Shape) -> _Forward | None:  # noqa: PLR0911  # a table of kinds
-    spatial = len(output) - 2
-    match kind:
-        case "conv":
-            convolve = [functional.conv1d, functional.conv2d, functional.conv3d][spatial - 1]
-            return lambda x, p: convolve(x[0], p[0], p[1], op["stride"], op["padding"], op["dilation"], op["groups"])
-        case "linear":
-            return lambda x, p: functional.linear(x[0], p[0], p[1])
-        case "batch_norm":
-            return lambda x, p: _norm(p[0], p[1], x[0])
-        case "pool":
-            return _pool(op, spatial)
-        case "adaptive_pool":
-            return lambda x, _: _adaptive(op, spatial)(x[0])
-        case "elementwise":
-            return lambda x, p: x[0] + x[1] if len(x) > 1 else functional.relu(x[0])  # noqa: ARG005
-        case "concat":
-            return lambda x, p: torch.cat(x, op["dim"])  # noqa: ARG005
-        case "softmax":
-            return lambda x, p: functional.log_softmax(x[0], op["dim"])  # noqa: ARG005
-        case _:
-            return None
+        return self._seconds(backward)
+
+    def _seconds(self, phase: Callable[[], None]) -> float:
+        self._others.start()
+        return elapsed(phase, self._device)
+
+    def _gradients_of(self, roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return gradients of the results as the next layer would have just made them."""
+        self._evict()
+        return [torch.full_like(y, 1e-3) for y in roots]
 
 
-def _pool(op: dict[str, Any], spatial: int) -> _Forward:
-    kernel, stride, padding, ceil_mode = op["kernel"], op["stride"], op["padding"], op["ceil_mode"]
-    if op["function"] == "max":
-        pool = [functional.max_pool1d, functional.max_pool2d, functional.max_pool3d][spatial - 1]
-        return lambda x, p: pool(x[0], kernel, stride, padding, op["dilation"], ceil_mode)  # noqa: ARG005
-    average = [functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d][spatial - 1]
-    return lambda x, p: average(x[0], kernel, stride, padding, ceil_mode)  # noqa: ARG005
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was the problem; torch has no class of its own for that on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _adaptive(op: dict[str, Any], spatial: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    if not op["output_size"]:
-        return lambda x: x.mean(tuple(range(2, x.dim())))
-    average = [
-        functional.adaptive_avg_pool1d,
-        functional.adaptive_avg_pool2d,
-        functional.adaptive_avg_pool3d,
-    ]
-    largest = [
-        functional.adaptive_max_pool1d,
-        functional.adaptive_max_pool2d,
-        functional.adaptive_max_pool3d,
-    ]
-    pool = (average if op["function"] == "avg" else largest)[spatial - 1]
-    return lambda x: pool(x, op["output_size"])
+def _measurement(forward: Timing, data: Timing, joint: Timing, *, both: bool, trains: bool) -> Measurement:
+    """Return the medians; what is not the gradient of the inputs is that of the parameters, so that the sum is joint's.
+
+    Args:
+        forward: of the forward pass.
+        data: of the backward pass of the inputs alone.
+        joint: of the whole backward pass.
+        both: backward computes gradients of inputs and of parameters.
+        trains: it computes gradients of parameters.
+    """
+    data_s = min(data.median_s, joint.median_s) if both else (0.0 if trains else joint.median_s)
+    iqr_s = forward.iqr_s + joint.iqr_s
+    return Measurement(forward.median_s, data_s, joint.median_s - data_s, iqr_s, forward.num_samples)
 
 
-def _norm(weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return functional.batch_norm(y, None, None, weight, bias, True)
+def _touch(x: torch.Tensor) -> None:
+    """Read and write a tensor, as the layer that makes it would."""
+    if x.is_floating_point():
+        x.detach().mul_(1.0)
 
 
-def _absorbed(
-    operators: list[tuple[str, dict[str, Any]]], output: _Shape, random: Callable[..., torch.Tensor]
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
-    params: list[torch.Tensor] = []
-    calls: list[Callable[[torch.Tensor], torch.Tensor]] = []
-    for kind, op in operators:
-        if kind == "batch_norm":
-            weight, bias = random((output[1],), gradient=True), random((output[1],), gradient=True)
-            params += [weight, bias]
-            calls.append(functools.partial(_norm, weight, bias))
-        elif kind == "dropout":
-            calls.append(functools.partial(functional.dropout, p=op["probability"]))
-        elif op.get("function") != "identity":
-            calls.append(functional.relu)
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Let convolutions and matrix products on CUDA compute fp32 in TF32, or not, for a while."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
-    def tail(y: torch.Tensor) -> torch.Tensor:
-        for call in calls:
-            y = call(y)
-        return y
 
-    return tail, params
+def time_keys(keys: Iterable[str], timer: LayerTimer, found: Found) -> None:
+    """Time the layers behind ``LocalLayer.key`` one after the other.
+
+    Args:
+        keys: of the layers.
+        timer: of this device.
+        found: takes each as it is done; None: it has no kernel.
+    """
+    for key in keys:
+        found(key, timer.time(PieceKey.of_text(key)))
+
+
+def median_of(times: Sequence[Sequence[float]]) -> Measurement:
+    """Return the medians over the ranks of the fields of ``Measurement`` in order."""
+    *seconds, repeats = zip(*times, strict=True)
+    forward_s, data_s, weight_s, iqr_s = (statistics.median(row) for row in seconds)
+    return Measurement(forward_s, data_s, weight_s, iqr_s, int(repeats[0]))

@@ -14,6 +14,7 @@ from planner.models.alexnet import HYPAR, ONE_WEIRD_TRICK, alexnet
 from planner.models.digits import digits_alexnet, digits_cnn
 from planner.models.lenet import lenet5
 from planner.models.resnet import BasicBlock, Bottleneck, cifar_resnet, imagenet_resnet
+from planner.models.unet import unet
 from planner.models.vgg import vgg
 
 __all__ = ["ENTRIES", "ModelEntry", "entry"]
@@ -43,11 +44,13 @@ _IMAGENET: Final = (3, 224, 224)
 _CIFAR: Final = (3, 32, 32)
 _MNIST: Final = (1, 32, 32)  # 28 x 28, padded
 _DIGITS: Final = (1, 8, 8)
+_MICROSCOPY: Final = (1, 512, 512)  # the ISBI cell images
 
 _OWT14: Final = "Krizhevsky 2014, arXiv:1404.5997"
 _HYPAR19: Final = "Song et al. 2019, HPCA, arXiv:1901.02067"
 _LENET98: Final = "LeCun et al. 1998, Proc. IEEE 86(11)"
 _RESNET16: Final = "He et al. 2016, CVPR, arXiv:1512.03385"
+_UNET15: Final = "Ronneberger et al. 2015, MICCAI, arXiv:1505.04597"
 _VGG15: Final = "Simonyan and Zisserman 2015, ICLR, arXiv:1409.1556"
 _OURS: Final = "this project"
 
@@ -71,6 +74,7 @@ def _entries() -> Iterator[ModelEntry]:
     for depth in (20, 56, 110):
         build = partial(cifar_resnet, depth)
         yield ModelEntry(f"resnet{depth}", build, _CIFAR, "resnet", _RESNET16)
+    yield ModelEntry("unet", unet, _MICROSCOPY, "unet", f"{_UNET15}, padded and with batch norm")
     for letter, name in _VGG_NAMES.items():
         yield ModelEntry(f"vgg-{letter}", partial(vgg, letter), _IMAGENET, "vgg", _VGG15)
         yield ModelEntry(name, partial(vgg, letter), _IMAGENET, "vgg", _VGG15)

@@ -1,6 +1,7 @@
 """`auto`: exact searches and fixed strategies as starts, local search on the simulated step."""
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from planner.ir.bucket import DEFAULT_BUCKET_BYTES
 from planner.search.elimination import solve_dp
 from planner.search.exhaustive import solve_exhaustively
 from planner.search.fixed import ALIASES, FIXED, fixed_strategy
+from planner.search.floor import Floor
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
 from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
@@ -149,6 +151,7 @@ class Search:
         members: list[list[int]] = [[] for _ in formulation.problem.node_s]
         for layer, v in enumerate(formulation.variable_of):
             members[v].append(layer)
+        floor = Floor(self._unhidden, self._picked(start.choice, members))
         choice, best_s = list(start.choice), start.timeline.step_s
         trials = itertools.count()
         improved = True
@@ -156,6 +159,8 @@ class Search:
             improved = False
             for v in sorted(range(len(members)), key=lambda v: -len(formulation.problem.node_s[v])):
                 for option in range(len(formulation.problem.node_s[v])):
+                    if floor.with_option(v, option) >= best_s:
+                        continue  # longer even if all gradient sync were hidden
                     trial = list(choice)
                     for layer in members[v]:
                         trial[layer] = formulation.options[layer][option]
@@ -166,7 +171,12 @@ class Search:
                     step_s = simulated_step_s(self.table, trial, start.bucket_bytes)
                     if step_s < best_s * (1 - 1e-9) and self._choice_fits(trial):
                         choice, best_s, improved = trial, step_s, True
+                        floor.pick(v, option)
         return self._planned("auto", tuple(choice), Status.FEASIBLE)
+
+    def _picked(self, choice: Sequence[int], members: Sequence[Sequence[int]]) -> list[int]:
+        """Return the option of every variable in a choice of splits."""
+        return [self.formulation.options[layers[0]].index(choice[layers[0]]) for layers in members]
 
     def _choice_fits(self, choice: Sequence[int]) -> bool:
         if self._limit_bytes is None:
@@ -186,12 +196,16 @@ class Search:
         which may hide behind them, is left out. The exact minimum of that sum bounds every step.
         """
         if self._bound_s is None:
-            problem = formulate(self.table, sync_weight=0.0).problem
             try:
-                self._bound_s = solve_dp(problem).lower_bound_s
+                self._bound_s = solve_dp(self._unhidden).lower_bound_s
             except UsageError:  # the tables are too large: without the edges the bound is weaker, but holds
-                self._bound_s = float(sum(costs.min() for costs in problem.node_s))
+                self._bound_s = float(sum(costs.min() for costs in self._unhidden.node_s))
         return self._bound_s
+
+    @functools.cached_property
+    def _unhidden(self) -> Problem:
+        """The problem whose cost is below the simulated step of every choice: gradient sync is left out."""
+        return formulate(self.table, sync_weight=0.0).problem
 
     def _require_memory(self, planned: Planned) -> None:
         if not self.fits(planned):

@@ -92,7 +92,7 @@ def formulate(table: CostTable, *, sync_weight: float = 1.0, limit_bytes: int | 
 
 def _node_vector(table: CostTable, costs: Sequence[LayerCost], sync_weight: float) -> Costs:
     return np.array([
-        c.forward_s + c.backward_s + c.update_s + c.blocking_forward.seconds + c.blocking_backward.seconds
+        c.forward_s + c.backward_s + c.collect_s + c.update_s + c.blocking_forward.seconds + c.blocking_backward.seconds
         + sync_weight * sum(table.model.pricer.all_reduce(axes, b).seconds for axes, b in c.sync.items())
         for c in costs
     ])  # fmt: skip

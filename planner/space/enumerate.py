@@ -9,7 +9,7 @@ from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Output, Redistribute
-from planner.ir.rules import InputOutput, layouts, legal_splits
+from planner.ir.rules import InputOutput, legal_splits, partition
 from planner.ir.split import LayerId, Split
 
 DEFAULT_DIMENSIONS = frozenset(
@@ -71,9 +71,11 @@ def enumerate_splits(
     for layer in graph.layers:
         for producer in dict.fromkeys(layer.inputs):
             readers[producer].append(layer)
+    asked: dict[tuple[Split, ...], tuple[Split, ...]] = {}  # equal tuples become one object
     for layer in graph.layers:
         if isinstance(layer.op, Redistribute):
-            found[layer.id] = _asked(layer, graph, mesh, found, readers[layer.id])
+            splits = _asked(layer, graph, mesh, found, readers[layer.id])
+            found[layer.id] = asked.setdefault(splits, splits)
     return SearchSpace(graph, mesh, io, found)
 
 
@@ -86,10 +88,11 @@ def _asked(
 ) -> tuple[Split, ...]:
     """Return the splits of a redistribute layer whose layout a consumer asks for or the producer has."""
     producer = graph[layer.inputs[0]]
-    wanted = {layouts(producer, graph.inputs_of(producer), mesh, s).output.placements for s in splits[producer.id]}
+    lies = partition(producer, graph.inputs_of(producer), mesh)
+    wanted = {lies.layouts(s).output.placements for s in splits[producer.id]}
     for reader in readers:
         if not isinstance(reader.op, Output):
-            position, inputs = reader.inputs.index(layer.id), graph.inputs_of(reader)
-            wanted |= {layouts(reader, inputs, mesh, s).inputs[position].placements for s in splits[reader.id]}
-    inputs = graph.inputs_of(layer)
-    return tuple(s for s in splits[layer.id] if layouts(layer, inputs, mesh, s).output.placements in wanted)
+            position, lies = reader.inputs.index(layer.id), partition(reader, graph.inputs_of(reader), mesh)
+            wanted |= {lies.layouts(s).inputs[position].placements for s in splits[reader.id]}
+    lies = partition(layer, graph.inputs_of(layer), mesh)
+    return tuple(s for s in splits[layer.id] if lies.layouts(s).output.placements in wanted)

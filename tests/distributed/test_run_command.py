@@ -1,5 +1,6 @@
 """`layerwise run`: what it prints, and what happens where it cannot run or a rank dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from planner.plan import Plan
+from planner.plan.measured import read_measured
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -56,14 +58,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_it_prints_the_prediction_beside_the_measured_step(folder: Path) -> None:
-    done = layerwise(folder, "run", "plan.json", "--steps", "3", "--warmup", "1")
+def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_prediction(folder: Path) -> None:
+    files = ("--measured", "run.json", "--trace", "trace.json")
+    done = layerwise(folder, "run", "plan.json", "--steps", "3", "--warmup", "1", *files)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if "s " in line]
-    for name in ("predicted for 2xaccelerator-nvlink", "predicted for this host", "measured", "measured, compute only"):
-        assert any(name in row for row in rows), done.stdout
+    for name in ("predicted for 2xaccelerator-nvlink", "predicted for local-2", "measured", "measured, compute only",
+                 "forward", "exposed gradient sync", "optimizer", "step"):  # fmt: skip
+        assert any(row.startswith(name) for row in rows), done.stdout
     assert "warning" in done.stderr
     assert "this is another machine" in done.stderr
+    plan = Plan.load(folder / "plan.json")
+    found = read_measured(folder / "run.json", plan)
+    assert len(found.steps_s) == len(found.instrumented_steps_s) == 3
+    assert (found.environment["ranks"], found.num_ranks, found.batch) == ("2", 2, 8)
+    for row, layer in zip(found.layers, plan.stages[0].layers, strict=True):
+        assert row.compute_s > 0 or layer.op in {"input", "output", "redistribute"}
+    parts_s = sum(row.compute_s + row.transfer_s for row in found.layers)
+    parts_s += found.gathering_s + found.exposed_sync_s + found.optimizer_s + found.other_s
+    assert parts_s == pytest.approx(found.instrumented_step_s)
+    trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    lengths = {pid: sum(e["dur"] for e in trace if e["ph"] == "X" and e["pid"] == pid) for pid in (0, 1)}
+    assert lengths[found.rank] == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
+    done = layerwise(folder, "calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
+    assert done.returncode == 0, done.stderr
+
+
+def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_not(folder: Path) -> None:
+    asked = ("compare", "lenet5", "--cluster", "local-2", "--batch", "8", "--dims", "sample,height", "--json")
+    done = layerwise(folder, *asked, "--mesh", "cpu=2", "--solver", "dp", "--measure", "--steps", "3", "--warmup", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {(row["name"], row["is_planned"]): row for row in found["measured"]["strategies"]}
+    assert [row["name"] for row in found["strategies"]] == [name for name, _ in rows]
+    data = rows["data", False]
+    assert data["measured_s"] > 0
+    assert data["error"] == pytest.approx(data["predicted_s"] / data["measured_s"] - 1)
+    ran = [row for row in rows.values() if row["measured_s"] is not None]
+    assert all(row["note"].startswith("not run: ") for row in rows.values() if row["measured_s"] is None)
+    correlation = found["measured"]["rank_correlation"]
+    assert (correlation is None) == (len({row["predicted_s"] for row in ran}) < 2)
 
 
 def test_a_plan_for_another_number_of_ranks_is_refused_before_anything_starts(folder: Path) -> None:

@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from planner.devices import (
+    NetworkKind,
     bus_kinds,
     cluster,
     clusters,
     device_kinds,
     equal_devices,
     files,
-    host_graph,
     network_kinds,
     profiles_path,
     two_level,
@@ -24,6 +24,10 @@ SIZES = {
     "4x4-p100-ib100": (4, 4),
     "8xk20-pcie": (8,),
     "16x1-t4-eth10": (16, 1),
+    "8xk80-qpi": (2, 4),
+    "36x4-p100-fat100": (2, 18, 4),
+    "16xhmc-htree": (4, 4),
+    "16xhmc-torus": (4, 4),
 }
 
 
@@ -82,7 +86,7 @@ def test_devices_n_is_one_level_of_fixed_data_sheet_accelerators() -> None:
 
 def test_a_measured_host_has_the_level_cpu() -> None:
     bus = bus_kinds()["shm"].model_copy(update={"bandwidth_bytes_per_s": 1e9})
-    graph = host_graph(2, device_kinds()["cpu"], bus)
+    graph = two_level("local-2", 1, 2, device_kinds()["cpu"], bus)
     assert graph.name == "local-2"
     assert [axis.name for axis in graph.mesh().axes] == ["cpu"]
     assert [device.id for device in graph.devices] == ["cpu0", "cpu1"]
@@ -95,14 +99,15 @@ def test_every_bus_of_every_device_kind_is_known() -> None:
             assert two_level("x", 1, 2, device, bus_kinds()[name]).digest
 
 
-def test_inside_a_node_the_network_is_never_the_shorter_way() -> None:
-    # at most 4 links of the bus with islands, 2 without; always 2 of the network
+@pytest.mark.parametrize("network", network_kinds().values(), ids=lambda kind: kind.name)
+def test_inside_a_node_the_network_is_never_the_shorter_way(network: NetworkKind) -> None:
     for device in device_kinds().values():
-        for network in network_kinds().values():
-            bus = bus_kinds()[device.links[0]]
-            hops = 2 if bus.islands is None else 4
-            if network.card_per == "device":
-                assert device.level == "cpu" or hops * bus.latency_s < 2 * network.latency_s
+        if device.level == "cpu" and network.card_per == "device":
+            continue  # processes of one host would rather use its cards
+        alone, two = (two_level("x", nodes, 8, device, bus_kinds()[device.links[0]], network) for nodes in (1, 2))
+        everyone = [member.id for member in alone.devices]
+        inside = [f"node1.{member}" for member in everyone]
+        assert alone.paths.longest_s(everyone) == two.paths.longest_s(inside)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import itertools
 import math
-import time
 from collections import Counter
 
 import networkx
@@ -48,8 +47,6 @@ def test_a_card_per_device_is_not_shared() -> None:
 
 def test_inside_a_node_the_network_is_not_used() -> None:
     assert router("2x8-t4-ib400").ring((1,)).bandwidth_bytes_per_s == 12 * GB
-    assert router("2x8-t4-ib400").axis_link(1).kind == "pcie3"
-    assert router("4x8-h100-ib400").axis_link(1).kind == "nvlink4"
 
 
 def test_k20s_get_half_when_all_talk_across_the_two_switches() -> None:
@@ -124,7 +121,6 @@ def test_equal_latencies_go_to_fewer_links() -> None:
     direct = Link("gpu0", "gpu1", "direct", 0, GB)
     graph = flat(3, [*switch, direct], ("hub",))
     assert Router(graph, Mesh.of(gpu=3)).ring((0,)).bandwidth_bytes_per_s == GB
-    assert Router(graph, Mesh.of(gpu=3)).axis_link(0) == direct
 
 
 def test_the_ranks_of_a_mesh_say_which_devices_talk() -> None:
@@ -139,14 +135,3 @@ def test_a_group_of_one_costs_nothing() -> None:
     alone = router("1xa100-nvlink")
     assert alone.ring(()) == PathCost(0.0, math.inf)
     assert alone.alltoall(()) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("name", ["8x8-h100-ib400", "8x8-p100-ib100"])
-def test_sixty_four_ranks_are_routed_in_a_blink(name: str) -> None:
-    graph = cluster(name)
-    start = time.perf_counter()
-    fresh = Router(graph, graph.mesh())
-    for axes in ((0,), (1,), (0, 1)):
-        fresh.ring(axes)
-        fresh.alltoall(axes)
-    assert time.perf_counter() - start < 0.5  # 20 ms alone; the machine may be busy

@@ -23,6 +23,7 @@ NUM_PARAMS = {
     "resnet20": 272_474,
     "resnet50": 25_557_032,
     "resnet56": 855_770,
+    "unet": 31_036_546,
     "vgg-a": VGG11,
     "vgg-b": VGG13,
     "vgg-c": 133_638_952,
@@ -38,6 +39,7 @@ NUM_PARAMS = {
     "vgg19": VGG19,
     "vgg19_bn": 143_678_248,
 }
+DENSE = {"unet": (512, 512)}  # classes of pixels, not of images
 WITHOUT_BIASES = {  # the weights that HyPar communicates
     "alexnet-hypar": 16_624_656,
     "vgg-a": 132_851_392,
@@ -80,7 +82,7 @@ def test_a_narrow_network_keeps_its_layers_and_runs(name: str) -> None:
     assert list(narrow.state_dict()) == list(on_meta(name).state_dict())
     assert 20 * sum(map(torch.numel, narrow.parameters())) < NUM_PARAMS[name]
     logits = narrow(torch.ones(2, *entry(name).input_shape))
-    assert logits.shape == (2, 3)
+    assert logits.shape == (2, 3, *DENSE.get(name, ()))
     assert logits.isfinite().all()
 
 

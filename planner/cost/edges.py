@@ -1,0 +1,88 @@
+"""The price of every pair of layouts on an edge, as matrices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.cost.moves import Index, Move, Share, frame, moves, used_rank
+from planner.cost.transfer import FREE, StepPricer
+from planner.ir.layout import Layout
+
+_Key = tuple[tuple[Layout, ...], tuple[Layout, ...], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """Of every pair of layouts before and after, [before, after] each; attributes as of ``Price``."""
+
+    seconds: NDArray[np.float64]
+    num_bytes: NDArray[np.float64]
+    levels: Index
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """What moves between pairs of layouts.
+
+    Attributes:
+        moves: all that occur.
+        index: position of each pair's moves, in order, and one past the last for none: int64[moves of a pair, pairs].
+    """
+
+    moves: tuple[Move, ...]
+    index: Index
+
+
+@dataclass(frozen=True)
+class EdgePricer:
+    """Prices edges; works out once what moves between layouts that lie to each other alike."""
+
+    pricer: StepPricer
+    _patterns: dict[_Key, _Pattern] = field(default_factory=dict)
+
+    def price(self, sources: Sequence[Layout], targets: Sequence[Layout], item_bytes: int) -> Matrices:
+        """Return the prices of turning each of these layouts of a tensor into each of those.
+
+        Args:
+            sources: layouts before, at least one, that differ in their placements only.
+            targets: layouts after, likewise.
+            item_bytes: of an element.
+        """
+        sources, targets = [x.value for x in sources], [x.value for x in targets]
+        first, rank = sources[0], used_rank([*sources, *targets])
+        found = frame(first.shape, first.mesh, first.cuts, targets[0].cuts)
+        codes = found.codes(sources, targets)
+        shape = codes.shape
+        seconds, num_bytes, levels = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)
+        for code in np.unique(codes).tolist():
+            share = found.share(code, rank)
+            here = codes == code
+            pattern = self._pattern(share, sources, targets, here)
+            prices = [
+                *(self.pricer.collective(m.kind, m.axes, share.elements(m) * item_bytes) for m in pattern.moves), FREE,
+            ]  # fmt: skip
+            seconds[here] = np.array([p.seconds for p in prices])[pattern.index].sum(axis=0)
+            num_bytes[here] = np.array([p.num_bytes for p in prices])[pattern.index].sum(axis=0)
+            levels[here] = np.bitwise_or.reduce(np.array([p.levels for p in prices])[pattern.index], axis=0)
+        return Matrices(seconds, num_bytes, levels)
+
+    def _pattern(
+        self, share: Share, sources: Sequence[Layout], targets: Sequence[Layout], here: NDArray[np.bool_]
+    ) -> _Pattern:
+        before = tuple(share.source.at(x.placements) for x in sources)
+        after = tuple(share.target.at(x.placements) for x in targets)
+        key = before, after, here.tobytes()
+        if key not in self._patterns:
+            numbers: dict[Move, int] = {}
+            rows, columns = (index.tolist() for index in np.nonzero(here))
+            listed = [
+                [numbers.setdefault(m, len(numbers)) for m in moves(before[i], after[j])]
+                for i, j in zip(rows, columns, strict=True)
+            ]
+            length = max(map(len, listed), default=0)
+            padded = [own + [len(numbers)] * (length - len(own)) for own in listed]
+            index = np.array(padded, dtype=np.int64).reshape(len(listed), length).T
+            self._patterns[key] = _Pattern(tuple(numbers), index)
+        return self._patterns[key]

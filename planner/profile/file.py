@@ -1,0 +1,207 @@
+"""``profiles/devices/NAME.json``: measured times of single layers on one kind of device, and the fit to them."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Final, Literal, get_args
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
+
+from planner.ir.canonical import StrictModel, decode_file, write_atomically
+from planner.ir.ops import Op
+from planner.ir.tensor import DType
+from planner.profile.calibrated import CalibratedRoofline
+from planner.profile.key import PieceKey
+from planner.profile.table import Measurement
+
+_Shape = list[Annotated[int, Field(ge=1)]]
+_Seconds = Annotated[float, Field(ge=0)]
+_Name = Annotated[str, Field(min_length=1)]
+
+WHAT: Final = "device profile"
+"""What messages call such a file."""
+_OPS: Final[Mapping[str, type[Op]]] = {op.kind: op for op in get_args(Op)}
+
+
+class NamedOp(StrictModel):
+    """An operator: its kind and the fields of its class in ``planner.ir.ops``.
+
+    Attributes:
+        op, attributes: the operator as one device sees it.
+        weight_gradient: whether backward computes the gradient of its parameters.
+    """
+
+    op: _Name
+    attributes: dict[str, JsonValue]
+    weight_gradient: bool = False
+
+    @model_validator(mode="after")
+    def _is_an_operator(self) -> "NamedOp":
+        if self.op not in _OPS:
+            raise ValueError(f"{self.op!r} is no kind of operator; known: {', '.join(sorted(_OPS))}")
+        names = {field.name for field in dataclasses.fields(_OPS[self.op])}
+        if unknown := sorted(set(self.attributes) - names):
+            raise ValueError(f"{self.op} has no attribute {unknown[0]!r}, only {', '.join(sorted(names))}")
+        try:
+            _adapter(self.op).validate_json(json.dumps(self.attributes), strict=True)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+            raise ValueError(f"attributes of {self.op}: {'; '.join(problems)}") from None
+        return self
+
+
+@cache
+def _adapter(kind: str) -> "TypeAdapter[Op]":
+    return TypeAdapter(_OPS[kind])
+
+
+class LayerKey(NamedOp):
+    """What decides the time of a piece of a layer: the fields of ``PieceKey`` as plain values.
+
+    Attributes:
+        absorbed: operators that work on its output in place.
+        inputs, output: local shapes.
+        dtype: element type of activations.
+        precision, memory_format: how products are computed, and where channels are in memory.
+        input_gradient: whether backward computes the gradient of the inputs.
+        bias, synchronised, resolved: left out where they say nothing of the operator.
+    """
+
+    absorbed: list[NamedOp]
+    inputs: list[_Shape]
+    output: _Shape
+    dtype: DType
+    precision: Literal["fp32", "tf32", "bf16"]
+    memory_format: Literal["contiguous", "channels_last"]
+    input_gradient: bool
+    weight_gradient: bool
+    bias: bool | None = None
+    synchronised: bool | None = None
+    resolved: _Shape | None = None
+
+    @model_validator(mode="after")
+    def _is_a_piece(self) -> "LayerKey":
+        _ = self.piece.text
+        return self
+
+    @cached_property
+    def piece(self) -> PieceKey:
+        """The key as a value; attributes that the file leaves out have their defaults."""
+        return PieceKey.of_text(json.dumps(self.model_dump(mode="json", exclude_unset=True)))
+
+
+class Entry(StrictModel):
+    """A layer and its median times; a phase that was not measured is null.
+
+    Attributes:
+        layer: what was timed.
+        forward_s, backward_data_s, backward_weight_s: medians; 0 where there is nothing to compute.
+        iqr_s: inter-quartile ranges together.
+        num_repeats: timed repeats.
+    """
+
+    layer: LayerKey
+    forward_s: _Seconds | None
+    backward_data_s: _Seconds | None
+    backward_weight_s: _Seconds | None
+    iqr_s: _Seconds
+    num_repeats: Annotated[int, Field(ge=1)]
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """The times as the cost model takes them; None where a phase is missing."""
+        if self.forward_s is None or self.backward_data_s is None or self.backward_weight_s is None:
+            return None
+        return Measurement(
+            self.forward_s, self.backward_data_s, self.backward_weight_s, self.iqr_s, self.num_repeats
+        )  # fmt: skip
+
+
+class ProfileFile(StrictModel):
+    """A whole file.
+
+    Attributes:
+        schema_version: of this form.
+        device: a kind of ``kinds.json``, or any name.
+        environment: versions and settings behind the measurements.
+        layers: every layer once.
+        fit: of ``layerwise profile fit``.
+    """
+
+    schema_version: Literal[1]
+    device: _Name
+    environment: dict[str, str]
+    layers: list[Entry]
+    fit: CalibratedRoofline | None = None
+
+    @model_validator(mode="after")
+    def _every_layer_once(self) -> "ProfileFile":
+        counts = Counter(entry.layer.piece.text for entry in self.layers)
+        if repeated := [key for key, count in counts.items() if count > 1]:
+            raise ValueError(f"layers that appear more than once: {len(repeated)}; the first is {repeated[0]}")
+        return self
+
+    def measurements(self) -> dict[str, Measurement]:
+        """Return the layers whose phases are all measured, by ``LocalLayer.key``."""
+        return {e.layer.piece.text: m for e in self.layers if (m := e.measurement) is not None}
+
+
+def read_profile(path: Path) -> ProfileFile:
+    """Read a file.
+
+    Raises:
+        UsageError: it cannot be read.
+        FormatError: every problem with its JSON path.
+    """
+    return decode_file(ProfileFile, path, WHAT)
+
+
+def write_profile(path: Path, profile: ProfileFile) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UsageError: the folder is missing or not writable.
+    """
+    write_atomically(path, text_of(profile))
+
+
+def text_of(profile: ProfileFile) -> str:
+    """Return the text of a file: layers in the order of their keys, one a line."""
+    data = profile.model_dump(mode="json", exclude_unset=True)
+    keys = (entry.layer.piece.text for entry in profile.layers)
+    rows = sorted(zip(keys, data["layers"], strict=True), key=lambda pair: pair[0])
+    head = "".join(f'"{key}": {_line(data[key])},\n' for key in ("schema_version", "device", "environment"))
+    layers = ",\n".join(_line(row) for _, row in rows)
+    return f'{{\n{head}"layers": [\n{layers}\n],\n"fit": {_line(data.get("fit"))}\n}}\n'
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def profile_of(device: str, environment: Mapping[str, str], layers: Mapping[str, Measurement]) -> ProfileFile:
+    """Return the file of measurements by ``LocalLayer.key``.
+
+    Raises:
+        ValueError: a key does not follow ``LayerKey``.
+    """
+    return from_entries(device, environment, tuple(_entries(layers)))
+
+
+def from_entries(device: str, environment: Mapping[str, str], layers: Sequence[Entry]) -> ProfileFile:
+    """Return the file of these entries."""
+    return ProfileFile(
+        schema_version=1, device=device, environment=dict(environment), layers=list(layers), fit=None
+    )  # fmt: skip
+
+
+def _entries(layers: Mapping[str, Measurement]) -> Iterator[Entry]:
+    for key, found in layers.items():
+        yield Entry(
+            layer=LayerKey.model_validate_json(key),
+            forward_s=found.forward_s, backward_data_s=found.backward_data_s,
+            backward_weight_s=found.backward_weight_s, iqr_s=found.iqr_s, num_repeats=found.num_repeats,
+        )  # fmt: skip
