@@ -16,10 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
 from planner.api import (
     Machine,
     Options,
@@ -35,52 +31,11 @@ from planner.frontend.source import load_model
 from planner.measure.host import machine_from
 from planner.plan import Plan
 from planner.units import format_bytes, parse_bit_rate
-from runtime.launch import Process, run_local
+from runtime.launch import run_local
 from runtime.namespaces import two_hosts
-from runtime.parallel import parallelize
-from runtime.training import (
-    Batch,
-    Step,
-    build_model,
-    make_optimizer,
-    silent_step,
-    synthetic_batch,
-    timed_steps,
-    training_step,
-)
+from runtime.training import DDP, compute_only
 
-DDP = "torch DDP"
-COMPUTE = "planned, compute only"
-
-
-def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
-    """Time one step of each strategy after the other; the function that both ranks run."""
-    plans = {name: Plan.from_json(text) for name, text in argument["plans"].items()}
-    planned = plans["planned"]
-    steps = {name: _planned_step(plan, process) for name, plan in plans.items()}
-    steps[DDP] = _ddp_step(planned, process)
-    steps[COMPUTE] = silent_step(
-        build_model(planned, process.device), planned, process, synthetic_batch(planned, process)
-    )
-    for step in steps.values():
-        timed_steps(step, argument["warmup"], process.device)
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(argument["rounds"]):
-        for name, step in steps.items():
-            found[name] += timed_steps(step, 1, process.device)
-    return found
-
-
-def _planned_step(plan: Plan, process: Process) -> Step:
-    net = parallelize(build_model(plan, process.device), plan)
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), synthetic_batch(plan, process))
-
-
-def _ddp_step(plan: Plan, process: Process) -> Step:
-    net: nn.Module = DistributedDataParallel(build_model(plan, process.device))
-    part = slice(process.rank * plan.batch // 2, (process.rank + 1) * plan.batch // 2)
-    batch = Batch([torch.randn(spec.shape)[part] for spec in plan.model.inputs])
-    return training_step(net, make_optimizer(plan.optimizer, net.parameters()), batch)
+COMPUTE = compute_only("planned")
 
 
 def main() -> int:
@@ -121,9 +76,11 @@ def run(model: str, batch: int, rate: str, rounds: int) -> dict[str, Any]:
             "plans": {n: p.to_json() for n, p in plans.items()},
             "rounds": rounds,
             "warmup": 2,
+            "ddp": "planned",
+            "compute_only": ["planned"],
         }
         (samples, _) = run_local(
-            "two_hosts:race",
+            "runtime.training:race",
             argument,
             num_ranks=2,
             timeout_s=3600.0,
