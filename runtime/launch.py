@@ -27,6 +27,9 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 
 FILE_STORE: Final = "LAYERWISE_FILE_STORE"  # environment variables between run_local and its ranks
 PARENT: Final = "LAYERWISE_PARENT"
+KEEP_MEMORY: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+"""glibc gives tensors above 32 MiB back to the system and gets them anew, page by page, which a training step pays for
+every time: an addition with a result of 51 MB took 38 ms, and 7 ms with these settings; those of the user win."""
 _POLL_S: Final = 0.02
 _SETTLE_S: Final = 0.1  # after the first failure: time for its cause to show up, when that is another rank
 _TERMINATE_S: Final = 1.0
@@ -192,7 +195,8 @@ def _environment(folder: Path, rank: int, num_ranks: int, num_threads: int, inte
     }
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return (
-        dict(os.environ)
+        KEEP_MEMORY
+        | dict(os.environ)
         | {key: str(value) for key, value in place.items()}
         | dict.fromkeys(threads, str(num_threads))
         | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)

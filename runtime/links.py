@@ -23,13 +23,13 @@ from runtime.launch import Process
 
 MESSAGE_BYTES: Final = (64, 2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26)
 """Sizes that are timed; a later one is left out when an earlier one takes ``LONG_S`` or more."""
-LONG_S: Final = 0.1
+LONG_S: Final = 0.5
 ENOUGH_S: Final = 0.1
 """Repeats stop once they have taken this long."""
-REPEATS: Final = (3, 15)
+REPEATS: Final = (2, 15)
 LOADED_BYTES: Final = 2**13
 """Smaller reductions end before computation notices them."""
-LOADED_REPEATS: Final = (3, 9)
+LOADED_REPEATS: Final = (2, 9)
 LOADED_ENOUGH_S: Final = 0.5
 UNIT_REPEATS: Final = 15
 _ITEM_BYTES: Final = 4

@@ -48,7 +48,7 @@ class Case:
 
 CASES = {
     "alexnet": Case("alexnet", 16, (3, 224, 224)),
-    "vgg16": Case("vgg16", 4, (3, 224, 224)),
+    "vgg16": Case("vgg16", 2, (3, 224, 224)),
     "resnet50": Case("resnet50", 8, (3, 112, 112)),
     "mobilenet_v2": Case("torchvision:mobilenet_v2", 16, (3, 112, 112)),
 }

@@ -100,7 +100,7 @@ class CostModel:
         graph: LayerGraph, machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, settings: Settings
     ) -> "CostModel":
         """Return the model for a network on a mesh of a machine."""
-        pricer = StepPricer(Router(machine, mesh))
+        pricer = StepPricer(Router(machine, mesh), profile.roofline.bandwidth_bytes_per_s)
         return CostModel(graph, machine, mesh, profile, settings, pricer, gradient_flow(graph), _carriers(graph))
 
     def layouts(self, layer: Layer, split: Split) -> LayerLayouts:

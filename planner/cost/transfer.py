@@ -64,9 +64,15 @@ class Reduction:
 
 @dataclass(frozen=True)
 class StepPricer:
-    """Prices steps on the machine of a router; keeps what it priced for its lifetime."""
+    """Prices steps on the machine of a router; keeps what it priced for its lifetime.
+
+    Attributes:
+        router: of the machine.
+        packing_bytes_per_s: memory bandwidth with which a device copies pieces into and out of messages.
+    """
 
     router: Router
+    packing_bytes_per_s: float = math.inf
     _prices: dict[tuple[Layout, Layout, int], Price] = field(default_factory=dict)
     _times: dict[tuple[CollectiveKind, tuple[int, ...], int], float] = field(default_factory=dict)
     _measured: dict[tuple[CollectiveKind, tuple[int, ...]], MeasuredCollective | None] = field(default_factory=dict)
@@ -154,13 +160,15 @@ class StepPricer:
         return next((c for c in graph.collectives if (c.kind, c.levels) == (kind, names)), None)
 
     def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:
-        """Return the price of a step between ranks; what the bytes are of says ``planner.cost.moves.Move``."""
-        match kind:
-            case StepKind.ALL_REDUCE:
-                return self.all_reduce(axes, num_bytes)
-            case StepKind.REDUCE_SCATTER:
-                return self.reduce_scatter(axes, num_bytes)
-            case StepKind.ALL_GATHER:
-                return self.all_gather(axes, num_bytes)
-            case _:
-                return self.exchange(axes, num_bytes)
+        """Return the price of a step between ranks; what the bytes are of says ``planner.cost.moves.Move``.
+
+        The runtime copies into the buffer that is sent and out of the one that comes (``runtime.exchange``).
+        """
+        calls = {
+            StepKind.ALL_REDUCE: self.all_reduce,
+            StepKind.REDUCE_SCATTER: self.reduce_scatter,
+            StepKind.ALL_GATHER: self.all_gather,
+        }
+        sent = calls.get(kind, self.exchange)(axes, num_bytes)
+        packing_s = (4 if kind is StepKind.EXCHANGE else 2) * num_bytes / self.packing_bytes_per_s
+        return Price(sent.seconds + packing_s, sent.num_bytes, sent.levels)

@@ -68,7 +68,7 @@ def test_every_piece_of_a_measured_planner_has_a_measured_time() -> None:
     measured = measure_layers(planner)
     assert set(measured.machine.profile.layers) == set(planner.layer_keys())  # all are small enough as they are
     (mesh,) = measured.meshes()
-    model, space = measured._model(mesh), measured._space(mesh)
+    model, space = measured.cost_model(mesh), measured.space(mesh)
     for layer in measured.traced.layers.layers:
         for split in space.splits[layer.id]:
             local = model.local(layer, split)

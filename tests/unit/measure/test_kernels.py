@@ -262,7 +262,7 @@ def test_pieces_have_the_parameters_of_their_layouts() -> None:
     machine = Machine(graph, data_sheet_profile(graph, "fp32"))
     planner = prepare(_Network(), (torch.empty(4, 4, 6, 6, device="meta"),), machine, Options(), Origin("n"))
     (mesh,) = planner.meshes()
-    model, space = planner._model(mesh), planner._space(mesh)
+    model, space = planner.cost_model(mesh), planner.space(mesh)
     num_seen = 0
     for layer in planner.traced.layers.layers:
         for split in space.splits[layer.id]:

@@ -26,7 +26,7 @@ def local(planner: Planner, index: int, dimension: Dimension | None = None) -> L
     (mesh, *_) = planner.meshes()
     layer = planner.traced.layers.layers[index]
     split = Split(tuple((axis.name, dimension) for axis in mesh.axes) if dimension else ())
-    return planner._model(mesh).local(layer, split)
+    return planner.cost_model(mesh).local(layer, split)
 
 
 def key_of(*modules: nn.Module, shape: tuple[int, ...] = (2, 4, 6, 6), behind: bool = False, **options: object) -> str:

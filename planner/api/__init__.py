@@ -1,0 +1,55 @@
+"""The Python interface: machines, plans, comparisons."""
+
+from planner.api.comparing import (
+    Comparison,
+    Priced,
+    compare,
+    compare_with,
+    local_layers,
+    price_plan,
+    reprice,
+)
+from planner.api.machine import (
+    Machine,
+    data_sheet_profile,
+    machine_of,
+    machine_of_links,
+    measure_host,
+    time_layers,
+)
+from planner.api.planning import (
+    Options,
+    Origin,
+    Planner,
+    example_inputs,
+    measure_layers,
+    plan_model,
+    prepare,
+)
+from planner.errors import NoPlanError
+from planner.plan.schema import Plan
+
+__all__ = [
+    "Comparison",
+    "Machine",
+    "NoPlanError",
+    "Options",
+    "Origin",
+    "Plan",
+    "Planner",
+    "Priced",
+    "compare",
+    "compare_with",
+    "data_sheet_profile",
+    "example_inputs",
+    "local_layers",
+    "machine_of",
+    "machine_of_links",
+    "measure_host",
+    "measure_layers",
+    "plan_model",
+    "prepare",
+    "price_plan",
+    "reprice",
+    "time_layers",
+]

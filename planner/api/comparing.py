@@ -1,0 +1,186 @@
+"""Strategies beside each other, and plans priced again."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from planner.cost.model import LayerCost
+from planner.cost.simulate import Timeline, simulate
+from planner.cost.table import CostTable
+from planner.devices.graph import DeviceGraph
+from planner.errors import UsageError
+from planner.frontend.source import load_model
+from planner.frontend.trace import NO_KEYWORDS, empty_inputs
+from planner.ir.dimension import Dimension
+from planner.ir.mesh import Mesh
+from planner.ir.split import Split
+from planner.plan.check import refuse_other_model
+from planner.plan.schema import Plan
+from planner.profile.key import LocalLayer
+from planner.search.auto import Planned, Search
+
+if TYPE_CHECKING:
+    pass
+
+from planner.api.machine import Machine, machine_of
+from planner.api.planning import Options, Origin, Planner, prepare
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Strategies on one problem: the fixed ones, then the planned one.
+
+    Attributes:
+        rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
+        fits: for each row whether it obeys the memory limit.
+        search: that the planned one comes from.
+    """
+
+    planner: Planner
+    rows: tuple[Planned, ...]
+    fits: tuple[bool, ...]
+    search: Search
+
+    @property
+    def planned(self) -> Planned:
+        """The planned strategy."""
+        return self.rows[-1]
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Return every row as a plan."""
+        fixed = self.planner.search(self.planner.meshes()[0])
+        of = [*(fixed for _ in self.rows[:-1]), self.search]
+        return tuple(self.planner.plan_of(search, row) for search, row in zip(of, self.rows, strict=True))
+
+    @property
+    def planned_lost(self) -> bool:
+        """Whether a fixed strategy that fits has a shorter predicted step."""
+        return any(
+            ok and row.timeline.step_s < self.planned.timeline.step_s * (1 - 1e-9)
+            for row, ok in zip(self.rows[:-1], self.fits[:-1], strict=True)
+        )
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    cluster: str | Path | DeviceGraph | None = None,
+    devices: int | None = None,
+    machine: Machine | None = None,
+    origin: Origin | None = None,
+    example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
+    profile: str | Path | None = None,
+    **options: Any,
+) -> Comparison:
+    """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
+    asked = Options(**options)
+    found = machine or machine_of(cluster, devices, asked.precision, profile)
+    name = origin or Origin(type(model).__name__)
+    planner = prepare(model, example_inputs, found, asked, name, example_keywords)
+    return compare_with(planner)
+
+
+def compare_with(planner: Planner) -> Comparison:
+    """Compare the strategies of a prepared planner."""
+    rows = planner.baselines()
+    search, planned = planner.best()
+    fits = [row.timeline.memory_bytes <= planner.limit_bytes for row in rows]
+    return Comparison(planner, (*rows, planned), (*fits, True), search)
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A plan on a machine.
+
+    Attributes:
+        table: all costs of its model on its mesh.
+        choice: position of every layer's split in the table's space.
+        timeline: the predicted step.
+    """
+
+    table: CostTable
+    choice: tuple[int, ...]
+    timeline: Timeline
+
+    @property
+    def costs(self) -> tuple[LayerCost, ...]:
+        """What every layer costs."""
+        return tuple(costs[c] for costs, c in zip(self.table.layers, self.choice, strict=True))
+
+
+def reprice(plan: Plan, machine: Machine) -> Timeline:
+    """Return the predicted step of a plan on another machine with as many devices; see ``price_plan``."""
+    return price_plan(plan, machine).timeline
+
+
+def price_plan(plan: Plan, machine: Machine) -> Priced:
+    """Return what a plan costs on a machine, layer by layer.
+
+    The model is built from the source that the plan names (code of the user's, if it is no shipped one).
+
+    Raises:
+        UsageError: the machine has another number of devices, or the source cannot be loaded.
+        MismatchError: the source gives another model than the plan's.
+    """
+    if len(machine.graph.devices) < plan.mesh.size:
+        raise UsageError(
+            f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
+        )
+    planner = _planner_of(plan, machine)
+    mesh = _mesh_on(plan.mesh, machine.graph)
+    table = planner.table(mesh)
+    try:
+        choice = table.choice({layer: Split.of(mesh, split.dimensions) for layer, split in plan.strategy.items()})
+    except ValueError as error:
+        raise UsageError(f"the plan cannot be priced here: {error}") from error
+    return Priced(table, choice, simulate(table, choice, plan.bucket_bytes))
+
+
+def _mesh_on(mesh: Mesh, graph: DeviceGraph) -> Mesh:
+    """Return a mesh with the names that a machine gives to axes of these sizes.
+
+    Raises:
+        UsageError: the machine has no such axes.
+    """
+    names = {level.name for level in graph.levels}
+    if all(axis.name.rstrip("0123456789") in names for axis in mesh.axes):
+        return mesh
+    for found in graph.meshes():
+        if found.shape == mesh.shape:
+            return found
+    raise UsageError(
+        f"the plan's mesh of {' x '.join(map(str, mesh.shape))} ranks cannot be laid over {graph.name}, whose levels "
+        "are " + " x ".join(f"{level.name}={level.size}" for level in graph.levels)
+    )
+
+
+def local_layers(plan: Plan) -> tuple[LocalLayer, ...]:
+    """Return what one device computes of every layer of a plan, in the plan's order.
+
+    Raises:
+        UsageError: the source that the plan names cannot be loaded.
+        MismatchError: the source gives another model than the plan's.
+    """
+    planner = _planner_of(plan, machine_of(devices=plan.mesh.size, precision=plan.precision))
+    model, graph = planner.cost_model(plan.mesh), planner.traced.layers
+    return tuple(model.local(graph[layer], split) for layer, split in plan.strategy.items())
+
+
+def _planner_of(plan: Plan, machine: Machine) -> Planner:
+    loaded = load_model(plan.model.source, dict(plan.model.arguments))
+    inputs, keywords = empty_inputs(plan.model.inputs)
+    options = Options(
+        precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
+        dimensions=frozenset(Dimension),
+    )  # fmt: skip
+    planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
+    refuse_other_model(plan, planner.traced.layers)
+    return planner
