@@ -14,7 +14,7 @@ from planner.errors import UsageError
 from planner.ir import ops as ir
 from planner.ir.mesh import Mesh
 from planner.measure.clock import Alone
-from planner.measure.host import measure_host
+from planner.measure.host import HostRates, measure_host, median_rates
 from planner.measure.journal import JournalWriter
 from planner.measure.layers import LayerTimer, time_keys
 from runtime.launch import Process
@@ -30,7 +30,16 @@ def host_rates(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     Args:
         argument: ``level``, the name of the machine's level that the ranks form.
         process: of this rank.
+
+    Raises:
+        UsageError: plans would run on GPUs here.
     """
+    if process.device.type == "cuda":
+        raise UsageError(
+            "local-N measures processors, but this host has a GPU for every process, and plans run there: measure "
+            f"the GPUs (layerwise profile links --ranks {process.world_size} -o x.json, then --cluster ./x.json), "
+            "or hide them (CUDA_VISIBLE_DEVICES=)"
+        )
     rates = measure_host(process.world_size).model_dump()
     if process.world_size > 1:
         rates["collectives"] = measure_collectives([(argument["level"], process.world_size)], process)
@@ -51,7 +60,9 @@ def link_times(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     levels = [("node", argument["nodes"]), ("cpu" if on_cpu else "gpu", argument["ranks_per_node"])]
     found: dict[str, Any] = {"collectives": measure_collectives(levels, process)}
     if on_cpu:
-        found["rates"] = measure_host(process.world_size).model_dump(mode="json")
+        everyone: list[Any] = [None] * process.world_size
+        dist.all_gather_object(everyone, measure_host(argument["ranks_per_node"]).model_dump())
+        found["rates"] = median_rates([HostRates.model_validate(rates) for rates in everyone]).model_dump(mode="json")
     else:
         found["accelerator"] = torch.cuda.get_device_name(process.device)
     return found

@@ -32,7 +32,7 @@ from runtime.namespaces import two_hosts
 RATES = ("200mbit", "1gbit", "10gbit")
 STRATEGIES = ("data", "model", "conv-data-fc-model", "planned")
 WARMUP = 1
-ROUNDS = {"200mbit": 3, "1gbit": 5, "10gbit": 9}
+ROUNDS = {"200mbit": 3, "1gbit": 5, "10gbit": 7}
 TIE = 0.03
 """Steps that differ by less than this share count as equally fast: a second run would swap them."""
 

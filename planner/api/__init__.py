@@ -15,6 +15,7 @@ from planner.api.machine import (
     machine_of,
     machine_of_links,
     measure_host,
+    refuse_unknown_accelerator,
     time_layers,
 )
 from planner.api.planning import (
@@ -50,6 +51,7 @@ __all__ = [
     "plan_model",
     "prepare",
     "price_plan",
+    "refuse_unknown_accelerator",
     "reprice",
     "time_layers",
 ]

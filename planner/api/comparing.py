@@ -1,14 +1,15 @@
 """Strategies beside each other, and plans priced again."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from planner.api.machine import Machine, machine_of
+from planner.api.planning import Options, Origin, Planner, prepare
 from planner.cost.model import LayerCost
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
@@ -23,14 +24,6 @@ from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan
 from planner.profile.key import LocalLayer
 from planner.search.auto import Planned, Search
-
-if TYPE_CHECKING:
-    pass
-
-from planner.api.machine import Machine, machine_of
-from planner.api.planning import Options, Origin, Planner, prepare
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from planner.devices.files import profiles_path
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import cluster as find_cluster
 from planner.devices.library import device_kinds, equal_devices
 from planner.devices.schema import DeviceKind
 from planner.errors import UnknownNameError, UsageError
-from planner.profile.file import read_profile
-from planner.profile.roofline import Roofline
+from planner.profile.file import ProfileFile, processor_of, read_profile
+from planner.profile.roofline import DATA_SHEET_EFFICIENCY, Roofline
 from planner.profile.shipped import profiles_for, with_profiles
 from planner.profile.table import Measurement, ProfileTable
 
@@ -65,13 +67,19 @@ def machine_of(
     if profile is not None:
         asked = read_profile(Path(profile))
         kinds = sorted({device.kind for device in machine.graph.devices})
-        if asked.device not in kinds and not machine.profile.roofline.measured:
+        if asked.device not in kinds and not (kinds == ["cpu"] and _is_of_this_processor(asked)):
             _log.warning("%s was measured on %s, this machine has %s", profile, asked.device, ", ".join(kinds))
         return replace(machine, profile=with_profiles(machine.profile, [asked]))
     if machine.profile.roofline.measured:
         return machine
     shipped = profiles_for(profiles_path() / "devices", machine.profile.device)
     return replace(machine, profile=with_profiles(machine.profile, shipped))
+
+
+def _is_of_this_processor(profile: ProfileFile) -> bool:
+    from planner.measure.host import cpu_name
+
+    return processor_of(profile.environment) == cpu_name()
 
 
 def _plain_machine(cluster: str | Path | DeviceGraph | None, devices: int | None, precision: str) -> Machine:
@@ -145,11 +153,31 @@ def machine_of_links(
     collectives = [
         CollectiveEntry.model_validate_json(json.dumps(entry)).collective() for entry in found["collectives"]
     ]
-    if device is None and "rates" in found:
-        kind = device_of(HostRates.model_validate_json(json.dumps(found["rates"])))
+    if "rates" in found:
+        reached = device_of(HostRates.model_validate_json(json.dumps(found["rates"])))
+        kind = reached.model_copy(update={  # a cluster file holds peaks, of which devices reach this share
+            "peak_flop_per_s": {p: v / DATA_SHEET_EFFICIENCY for p, v in reached.peak_flop_per_s.items()},
+            "memory_bandwidth_bytes_per_s": reached.memory_bandwidth_bytes_per_s / DATA_SHEET_EFFICIENCY,
+        })  # fmt: skip
     else:
-        kind = _device_kind(device or found.get("accelerator", "cpu"), named=device is not None)
+        kind = _device_kind(device or found["accelerator"], named=device is not None)
     return measured_graph(name, nodes, ranks_per_node, kind, collectives)
+
+
+def refuse_unknown_accelerator(device: str | None) -> None:
+    """Refuse a kind of device that ``machine_of_links`` would not know, before anything is measured.
+
+    Args:
+        device: the kind asked for, if any.
+
+    Raises:
+        UnknownNameError: no such kind, or none fits the name of this host's accelerator.
+        UsageError: a kind is asked for, and this host has processors only.
+    """
+    if torch.cuda.is_available():
+        _device_kind(device or torch.cuda.get_device_name(0), named=device is not None)
+    elif device is not None:
+        raise UsageError("--device names the kind of accelerators, and there are none here: processors are measured")
 
 
 def _device_kind(name: str, *, named: bool) -> DeviceKind:

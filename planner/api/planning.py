@@ -63,7 +63,6 @@ class Options:
         dimensions: that may be split.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
         time_limit_s: for the integer program and for further candidate meshes.
-        memory_format: ``contiguous`` or ``channels_last``: which measured layers are looked up.
     """
 
     solver: str = "auto"
@@ -75,7 +74,6 @@ class Options:
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
     mesh: str | None = None
     time_limit_s: float = 60.0
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,8 @@ class Planner:
         graph = self.machine.graph
         if self.options.mesh is not None:
             return [graph.parse_mesh(self.options.mesh)]
-        return [mesh for mesh in graph.meshes() if len(mesh.axes) <= MAX_AXES][:MAX_MESHES]
+        few = [mesh for mesh in graph.meshes() if len(mesh.axes) <= MAX_AXES][:MAX_MESHES]
+        return few or [graph.mesh()]  # a machine of more levels
 
     def table(self, mesh: Mesh) -> CostTable:
         """Return the priced search space on a mesh."""
@@ -125,22 +124,28 @@ class Planner:
     def cost_model(self, mesh: Mesh) -> CostModel:
         """Return what prices layers and transfers on a mesh."""
         options, machine = self.options, self.machine
-        settings = Settings(
-            options.precision, Optimizer(options.optimizer), options.sync_batch_norm, options.memory_format
-        )
+        settings = Settings(options.precision, Optimizer(options.optimizer), options.sync_batch_norm)
         return CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
 
-    def layer_pieces(self, meshes: Sequence[Mesh] | None = None) -> list[PieceKey]:
+    def layer_pieces(
+        self,
+        meshes: Sequence[Mesh] | None = None,
+        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+    ) -> list[PieceKey]:
         """Return every piece of a layer that a search can ask for and that computes anything, each once.
 
         Args:
             meshes: that are searched; all candidates if left out.
+            memory_format: of the pieces; the runtime computes contiguously, and plans are priced so.
         """
         found: dict[PieceKey, None] = {}
         for mesh in self.meshes() if meshes is None else meshes:
             model, space = self.cost_model(mesh), self.space(mesh)
             for layer in self.traced.layers.layers:
-                locals_of = (model.local(layer, split) for split in space.splits[layer.id])
+                locals_of = (
+                    replace(model.local(layer, split), memory_format=memory_format)
+                    for split in space.splits[layer.id]
+                )
                 found.update(dict.fromkeys(local.piece for local in locals_of if local.has_kernel))
         return list(found)
 

@@ -11,10 +11,17 @@ import typer
 from planner.cli.planning import refuse_unwritable
 from planner.cli.reading import PlanPath, read_plan
 from planner.cli.terminal import Terminal
-from planner.errors import UsageError
+from planner.errors import MismatchError, UsageError
 from planner.plan.measured import Measured, MeasuredLayer, read_measured
 from planner.profile.demand import Phase, demands
-from planner.profile.file import ProfileFile, profile_of, read_profile, write_profile
+from planner.profile.file import (
+    ProfileFile,
+    processor_of,
+    profile_of,
+    read_profile,
+    with_measurements,
+    write_profile,
+)
 from planner.profile.table import Measurement
 from planner.report.tables import counted
 from planner.units import format_seconds
@@ -52,6 +59,8 @@ def calibrate(
         f"wrote {output}: {counted(len(entries), 'layer')} of this run"
         + (f", {replaced} of them measured anew; {len(before.layers)} were there before" if before else "")
     )
+    if before is not None and before.fit is not None:
+        terminal.err.print("left out: the profile's fit, which is not of these layers; layerwise profile fit makes one")
     left_s = sum(row.compute_s for row, piece in zip(found.layers, pieces, strict=True) if not piece.has_kernel)
     terminal.err.print(f"left out: {format_seconds(left_s)} in layers that a profile has no entry for, such as views")
 
@@ -110,17 +119,32 @@ def _share(found: Mapping[Phase, float]) -> float:
 
 
 def merged(before: ProfileFile | None, measured: Measured, layers: Mapping[str, Measurement]) -> ProfileFile:
-    """Return a profile with the entries of a run in place of those for the same pieces."""
+    """Return a profile with the entries of a run in place of those for the same pieces, and without a fit.
+
+    Raises:
+        MismatchError: the run was made with another processor, torch or number of threads than the profile.
+    """
     facts = measured.environment
-    name = facts.get("device", "cpu")
-    device = facts.get("cpu") or name if name == "cpu" else name
-    new = profile_of(before.device if before else device, facts, layers)
     if before is None:
-        return new
-    kept = [entry for entry in before.layers if entry.layer.piece.text not in layers]
+        return profile_of(processor_of(facts) or "cpu", facts, layers)
+    _refuse_other_environment(before, facts)
     run = f"run of plan {measured.plan_sha256[:12]} ({measured.model}, batch {measured.batch})"
     environment = {**before.environment, "calibrated": run}
-    return before.model_copy(update={"environment": environment, "layers": [*kept, *new.layers]})
+    return with_measurements(before.device, environment, before.layers, layers)
+
+
+def _refuse_other_environment(before: ProfileFile, facts: Mapping[str, str]) -> None:
+    known = before.environment
+    both = {
+        "processor": (processor_of(known), processor_of(facts)),
+        **{name: (known.get(name), facts.get(name)) for name in ("torch", "threads")},
+    }
+    for name, (theirs, mine) in both.items():
+        if None not in (theirs, mine) and theirs != mine:
+            raise MismatchError(
+                f"the profile was measured with {name} {theirs!r}, the run with {mine!r}: times of both cannot be in "
+                "one file. Leave out --profile, or give one that was measured like the run."
+            )
 
 
 def _median(values: Iterable[float]) -> float:

@@ -34,7 +34,8 @@ def links(
     Under torchrun on all hosts (rank 0 writes), or with --ranks on processes of this host. Plans for
     --cluster FILE then use the measured times.
     """
-    refuse_unwritable(output)
+    if os.environ.get("RANK", "0") == "0":
+        refuse_unwritable(output)
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if under_torchrun == (ranks is not None):
         raise UsageError(
@@ -42,12 +43,14 @@ def links(
             if ranks is None
             else "--ranks starts processes here, but torchrun has started this one: leave it out"
         )
+    from planner.api import machine_of_links, refuse_unknown_accelerator
+
+    refuse_unknown_accelerator(device)
     nodes, per_node = _layout() if ranks is None else (1, ranks)
     argument = {"nodes": nodes, "ranks_per_node": per_node}
     found = _as_rank(argument) if ranks is None else _locally(argument, ranks)
     if found is None:
         return
-    from planner.api import machine_of_links
     from planner.devices import write_cluster
 
     graph = machine_of_links(name, nodes, per_node, found, device)

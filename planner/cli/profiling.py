@@ -146,13 +146,8 @@ def _refuse_device(asked: AskedLayers) -> None:
 
 
 def _pieces(asked: AskedLayers, model: str, terminal: Terminal) -> "list[PieceKey]":
-    import dataclasses
-
     planner = prepared(asked.plan(model), terminal)
-    planner = dataclasses.replace(
-        planner, options=dataclasses.replace(planner.options, memory_format=asked.memory_format)
-    )
-    return planner.layer_pieces(None if asked.all_meshes else planner.meshes()[:1])
+    return planner.layer_pieces(None if asked.all_meshes else planner.meshes()[:1], asked.memory_format)
 
 
 @contextlib.contextmanager

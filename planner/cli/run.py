@@ -12,7 +12,7 @@ from planner.cli.options import Timed
 from planner.cli.planning import refuse_unwritable
 from planner.cli.racing import refuse_too_many
 from planner.cli.terminal import Terminal, rendered
-from planner.cli.tracing import Target
+from planner.cli.tracing import Target, is_as_planned, note_other_machine
 from planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -137,11 +137,10 @@ def _report(plan: Plan, measured: "Measured", machine: "Machine | None", termina
     from planner.report import measured as tables
 
     steps, said = [], None
-    if machine is None or machine.graph.digest != plan.cluster.sha256:
+    if machine is None or not is_as_planned(plan, machine):
         steps.append((plan.cluster.name, plan.totals.step_s))
     if machine is not None:
-        if steps:
-            terminal.err.print(f"warning: the plan was made for {plan.cluster.name}; this is another machine")
+        note_other_machine(plan, machine, terminal)
         priced = price_plan(plan, machine)
         ids = [layer.id for layer in priced.table.space.graph.layers]
         said = tables.predicted_parts(ids, priced.costs, priced.timeline)

@@ -86,6 +86,14 @@ def machine_of_plan(plan: Plan, target: Target) -> "Machine":
 
 
 def note_other_machine(plan: Plan, machine: "Machine", terminal: Terminal) -> None:
-    """Say so if a plan was made for another machine than this."""
+    """Say so if a plan was made for another machine than this, or priced with another profile."""
     if machine.graph.digest != plan.cluster.sha256:
         terminal.err.print(f"note: the plan was made for {plan.cluster.name}; this is another machine")
+    elif not is_as_planned(plan, machine):
+        terminal.err.print("note: the plan was made with another device profile (or other host measurements) than this")
+
+
+def is_as_planned(plan: Plan, machine: "Machine") -> bool:
+    """Return whether a machine has the links, devices and layer times that a plan was made with."""
+    same_machine = machine.graph.digest == plan.cluster.sha256
+    return same_machine and machine.profile.digest == plan.provenance.profile_sha256

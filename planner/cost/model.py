@@ -40,13 +40,11 @@ class Settings:
         precision: ``fp32``, ``tf32`` or ``bf16`` (autocast: parameters, gradients, sync in fp32).
         optimizer: decides state and update traffic.
         sync_batch_norm: statistics over the global batch, or over each rank's own piece.
-        memory_format: ``contiguous`` or ``channels_last``.
     """
 
     precision: str = "fp32"
     optimizer: Optimizer = Optimizer.MOMENTUM
     sync_batch_norm: bool = True
-    memory_format: str = "contiguous"
 
     def activation_dtype(self, dtype: DType) -> DType:
         """Return the element type of an activation that is ``dtype`` in the model."""
@@ -125,7 +123,6 @@ class CostModel:
             self.settings.activation_dtype(layer.output.dtype),
             self._input_gradient(layer),
             self.settings.precision,
-            self.settings.memory_format,
             synchronised=self.settings.sync_batch_norm and bool(reduced_axes(layer.output, found.output)),
             resolved=found.output.largest_shape() if is_sum else None,
         )

@@ -103,10 +103,11 @@ class StepPricer:
     def reduction(self, axes: tuple[int, ...], num_bytes: int) -> Reduction:
         """Return what an all-reduce behind computation takes; not slower, and at no cost to it, where unmeasured."""
         seconds, levels = self._seconds(CollectiveKind.ALL_REDUCE, axes, num_bytes), self.levels(axes)
-        measured = self.measured(CollectiveKind.ALL_REDUCE, axes)
+        measured = self._of_levels(CollectiveKind.ALL_REDUCE, levels)
         if measured is None:
             return Reduction(seconds, seconds, 0.0, levels)
-        return Reduction(seconds, measured.loaded_s(num_bytes), measured.lost_s(num_bytes), levels)
+        scale = seconds / measured.seconds(num_bytes)  # 1 for whole levels; their factors suffer in proportion
+        return Reduction(seconds, scale * measured.loaded_s(num_bytes), scale * measured.lost_s(num_bytes), levels)
 
     def all_gather(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an all-gather whose result has so many bytes on each rank."""
@@ -152,11 +153,15 @@ class StepPricer:
         return self._measured[key]
 
     def _find_measured(self, kind: CollectiveKind, axes: tuple[int, ...]) -> MeasuredCollective | None:
-        graph, shape = self.router.graph, self.router.mesh.shape
-        spanned = [level for i, level in enumerate(graph.levels) if self.levels(axes) >> i & 1]
-        if math.prod(shape[a] for a in axes) != math.prod(level.size for level in spanned):
-            return None
-        names = tuple(level.name for level in spanned)
+        graph, shape, levels = self.router.graph, self.router.mesh.shape, self.levels(axes)
+        spanned = [level.size for i, level in enumerate(graph.levels) if levels >> i & 1]
+        is_whole = math.prod(shape[a] for a in axes) == math.prod(spanned)
+        return self._of_levels(kind, levels) if is_whole else None
+
+    def _of_levels(self, kind: CollectiveKind, levels: int) -> MeasuredCollective | None:
+        """Return the measurements of a collective over these levels, whole."""
+        graph = self.router.graph
+        names = tuple(level.name for i, level in enumerate(graph.levels) if levels >> i & 1)
         return next((c for c in graph.collectives if (c.kind, c.levels) == (kind, names)), None)
 
     def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:

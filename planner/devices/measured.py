@@ -43,7 +43,7 @@ class MeasuredCollective:
     """Times of one collective over whole levels of a machine, piecewise linear in its size.
 
     Below the smallest size the time is that of the smallest; above the largest it goes on with the
-    slope of the last piece. Times never fall with the size.
+    slope of the last piece, but at least half of the largest's time per byte. Times never fall with the size.
 
     Attributes:
         kind: which collective.
@@ -94,4 +94,6 @@ def _interpolated(sizes: Sequence[float], values: Sequence[float], at: float) ->
     right = min(bisect.bisect_left(sizes, at), len(sizes) - 1)
     left = right - 1
     slope = (values[right] - values[left]) / (sizes[right] - sizes[left])
+    if at > sizes[-1]:  # a noisy last point must not promise that more bytes take no time
+        return values[-1] + max(slope, 0.5 * values[-1] / sizes[-1]) * (at - sizes[-1])
     return values[left] + slope * (at - sizes[left])

@@ -105,7 +105,8 @@ def _flop(layer: Layer, inputs: Sequence[Shape], output: Shape, *, input_gradien
     if isinstance(layer.op, PerSample | Custom):
         share = math.prod(output) / max(layer.output.numel, 1)  # its pieces are pieces of the batch
         forward, backward = round(layer.op.forward_flop * share), round(layer.op.backward_flop * share)
-        return forward, backward if trains else 0, 0
+        backward = backward if trains else 0
+        return (forward, backward, 0) if input_gradient else (forward, 0, backward)
     flop = 2 * multiply_adds(layer.op, inputs, output)
     trained = any(p.trainable and _is_in_weight(p, layer.op) for p in layer.params)
     return flop, flop if input_gradient and trains else 0, flop if trained and trains else 0

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from planner.measure.layers import median_of
+from planner.measure.layers import slowest_of
 from planner.profile.table import Measurement
 
 
@@ -52,7 +52,7 @@ class JournalReader:
         while all(self._waiting):
             rows = [waiting.popleft() for waiting in self._waiting]
             times = [row for _, row in rows if row is not None]
-            yield rows[0][0], median_of(times) if times else None
+            yield rows[0][0], slowest_of(times) if times else None
 
     def _lines(self, rank: int, path: Path) -> Iterator[tuple[str, list[float] | None]]:
         if not path.exists():

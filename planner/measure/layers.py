@@ -6,7 +6,6 @@ as hot in the caches as making it leaves it; everything else (weights, activatio
 """
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -164,8 +163,11 @@ def time_keys(keys: Iterable[str], timer: LayerTimer, found: Found) -> None:
         found(key, timer.time(PieceKey.of_text(key)))
 
 
-def median_of(times: Sequence[Sequence[float]]) -> Measurement:
-    """Return the medians over the ranks of the fields of ``Measurement`` in order."""
-    *seconds, repeats = zip(*times, strict=True)
-    forward_s, data_s, weight_s, iqr_s = (statistics.median(row) for row in seconds)
-    return Measurement(forward_s, data_s, weight_s, iqr_s, int(repeats[0]))
+def slowest_of(times: Sequence[Sequence[float]]) -> Measurement:
+    """Return the measurement of the rank that takes longest: the others wait for it in a step.
+
+    Args:
+        times: of every rank the fields of ``Measurement`` in order.
+    """
+    forward_s, data_s, weight_s, iqr_s, repeats = max(times, key=lambda fields: sum(fields[:3]))
+    return Measurement(forward_s, data_s, weight_s, iqr_s, int(repeats))

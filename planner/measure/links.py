@@ -11,6 +11,8 @@ from planner.devices.library import bus_kinds, two_level
 from planner.devices.measured import CollectiveKind, MeasuredCollective
 from planner.devices.schema import DeviceKind, NetworkKind
 
+FAST: Final = 1e15
+"""Bandwidth, in bytes/s, of a bus with one device, which nothing crosses but what goes on to the network."""
 LEAST_S: Final = 1e-7
 """Of a latency: a fit must not claim that messages are free."""
 
@@ -96,7 +98,7 @@ def measured_graph(
         device: their kind.
         collectives: over every combination of levels of more than one.
     """
-    bus = bus_kinds()["shm"].model_copy(update={"name": "measured"})
+    bus = bus_kinds()["shm"].model_copy(update={"name": "measured", "latency_s": 0.0, "bandwidth_bytes_per_s": FAST})
     if devices > 1:
         found = link_between(collectives, device.level, devices)
         bus = bus.model_copy(

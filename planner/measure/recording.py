@@ -7,7 +7,7 @@ would not be of all that the file has.
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from planner.errors import MismatchError
 from planner.measure.host import cpu_name
-from planner.profile.file import Entry, from_entries, profile_of, read_profile, write_profile
+from planner.profile.file import Entry, read_profile, with_measurements, write_profile
 from planner.profile.table import Measurement
 
 SAVE_EVERY_S: Final = 3.0
@@ -60,7 +60,7 @@ class Recording:
         device: name of what is measured.
         environment: of ``environment``.
         layers: everything found so far, by ``LocalLayer.key``.
-        partial: entries of the file that lack a phase; they are kept.
+        partial: entries of the file that lack a phase; they are kept until their layers are measured.
         clock: seconds; for tests.
     """
 
@@ -97,10 +97,6 @@ class Recording:
         partial = tuple(entry for entry in known.layers if entry.measurement is None)
         return Recording(path, known.device, joined, dict(known.measurements()), partial)
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return the keys that are not in the file yet, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self.layers]
-
     def add(self, key: str, found: Measurement) -> None:
         """Keep a layer; the file is written when it is older than a few seconds."""
         self.layers[key] = _rounded(found)
@@ -116,8 +112,7 @@ class Recording:
         """
         if self._is_saved:
             return
-        measured = profile_of(self.device, self.environment, self.layers).layers
-        write_profile(self.path, from_entries(self.device, self.environment, [*measured, *self.partial]))
+        write_profile(self.path, with_measurements(self.device, self.environment, self.partial, self.layers))
         self._saved_s, self._is_saved = self.clock(), True
 
     def __enter__(self) -> Self:

@@ -203,29 +203,31 @@ class CalibratedRoofline(StrictModel):
     def _by_name(self) -> Mapping[tuple[str, str], ConditionFit]:
         return {(c.precision, c.memory_format): c for c in self.conditions}
 
-    def condition(self, piece: PieceKey) -> ConditionFit | None:
-        """Return the fit of the piece's precision and memory format, else of its precision in the other format."""
-        found = self._by_name.get((piece.precision, piece.memory_format))
-        return found or next((c for c in self.conditions if c.precision == piece.precision), None)
+    def _of(self, piece: PieceKey) -> list[ConditionFit]:
+        """Return the fits of the piece's precision, that of its memory format first."""
+        own = self._by_name.get((piece.precision, piece.memory_format))
+        others = [c for c in self.conditions if c.precision == piece.precision and c is not own]
+        return others if own is None else [own, *others]
 
     def seconds(self, piece: PieceKey, flop: tuple[int, int, int] | None = None) -> dict[Phase, float] | None:
         """Return the time of each phase of a piece, or None where its precision or its sort of operator has no fit.
 
-        A phase that was never measured is priced like forward.
+        The first that there is counts: the piece's kind in its memory format, its kind in the other format, all kinds
+        of its sort in its own format, in the other. A phase that was never measured is priced like forward.
 
         Args:
             piece: what is computed.
             flop: as of ``demands``.
         """
-        condition = self.condition(piece)
-        if condition is None:
+        conditions = self._of(piece)
+        if not conditions:
             return None
         kind, found = kind_of(piece), {}
         for phase, demand in demands(piece, flop).items():
-            kinds = condition.phases.get(phase) or condition.phases.get(Phase.FORWARD, {})
+            tables = [c.phases.get(phase) or c.phases.get(Phase.FORWARD, {}) for c in conditions]
             sort = POOLED[0] if demand.flop or kind in PRODUCTS else POOLED[1]
-            own = kinds.get(kind) if kind in PRODUCTS or not demand.flop else None
-            fit = own or kinds.get(sort)
+            names = (kind, sort) if kind in PRODUCTS or not demand.flop else (sort,)
+            fit = next((kinds[name] for name in names for kinds in tables if name in kinds), None)
             if fit is None:
                 return None
             found[phase] = fit.seconds(demand)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
@@ -182,13 +182,41 @@ def _line(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
+def processor_of(environment: Mapping[str, str]) -> str | None:
+    """Return what computed, by an environment of a profile or of a measured run; None where it does not tell."""
+    device = environment.get("device")
+    return environment.get("processor", environment.get("cpu") if device == "cpu" else device)
+
+
 def profile_of(device: str, environment: Mapping[str, str], layers: Mapping[str, Measurement]) -> ProfileFile:
     """Return the file of measurements by ``LocalLayer.key``.
 
     Raises:
         ValueError: a key does not follow ``LayerKey``.
     """
-    return from_entries(device, environment, tuple(_entries(layers)))
+    return with_measurements(device, environment, (), layers)
+
+
+def with_measurements(
+    device: str, environment: Mapping[str, str], before: Iterable[Entry], layers: Mapping[str, Measurement]
+) -> ProfileFile:
+    """Return the file of these entries, with measurements in place of those of the same layers.
+
+    It has no fit: that of the entries before would not be of all that the file has.
+
+    Args:
+        device: of the file.
+        environment: of the file.
+        before: entries.
+        layers: by ``LocalLayer.key``.
+
+    Raises:
+        ValueError: a key does not follow ``LayerKey``.
+    """
+    new = list(_entries(layers))
+    known = {entry.layer.piece.text for entry in new}
+    kept = [entry for entry in before if entry.layer.piece.text not in known]
+    return from_entries(device, environment, [*kept, *new])
 
 
 def from_entries(device: str, environment: Mapping[str, str], layers: Sequence[Entry]) -> ProfileFile:

@@ -173,11 +173,22 @@ class Ratios:
     piece: PieceKey
 
     def of(self, samples: int) -> tuple[float, ...] | None:
-        """Return the piece's fitted time over that with so many samples, of each phase; None where there is no fit."""
+        """Return the piece's fitted time over that with so many samples, of each phase; None where there is no fit.
+
+        Measurements divide the backward pass of every trained layer in two, a fit does so for products only: the phase
+        that it lacks grows like the other one, and in proportion to the samples where it has neither.
+        """
         mine, other = self.fit.seconds(self.piece), self.fit.seconds(self.piece.with_samples(samples))
         if mine is None or other is None:
             return None
-        return tuple(mine[p] / other[p] if mine.get(p) and other.get(p) else 1.0 for p in Phase)
+        found = {phase: mine[phase] / other[phase] for phase in Phase if mine.get(phase) and other.get(phase)}
+        plain = (self.piece.samples or samples) / samples
+        data, weight = Phase.BACKWARD_DATA, Phase.BACKWARD_WEIGHT
+        return (
+            found.get(Phase.FORWARD, plain),
+            found.get(data, found.get(weight, plain)),
+            found.get(weight, found.get(data, plain)),
+        )
 
 
 def scaled(family: Family, samples: int, ratios: Ratios | None = None) -> Measurement:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from planner.api import Machine, local_layers, machine_of, price_plan
-from planner.cli.calibrating import share_of_inputs
+from planner.cli.calibrating import merged, share_of_inputs
+from planner.errors import MismatchError
 from planner.plan import Plan
 from planner.plan.measured import LAYER_PHASES, Measured, layers_of
 from planner.profile.demand import Phase, demands
-from planner.profile.file import read_profile
+from planner.profile.file import profile_of, read_profile
 from planner.profile.table import Measurement, Source
 from support.command_line import layerwise
+from support.pieces import conv, fit_of
 
 STEPS_S = [1.0, 1.5, 1.25]
 
@@ -119,6 +121,23 @@ def test_without_a_profile_flop_decide_what_the_gradients_of_inputs_take(folder:
     first = next(piece for piece in pieces if piece.weight_gradient and not piece.input_gradient)
     pool = next(piece for piece in pieces if piece.input_gradient and not piece.weight_gradient)
     assert (share_of_inputs(first, None, None), share_of_inputs(pool, None, None)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("change", [{"processor": "Abacus 8"}, {"cpu": "Abacus 8"}, {"torch": "1"}, {"threads": "7"}])
+def test_a_profile_of_another_environment_is_refused(folder: Path, change: dict[str, str]) -> None:
+    run = measured(Plan.load(folder / "plan.json"))
+    run = run.model_copy(update={"environment": run.environment | {"threads": "1"}})
+    layers = {conv(4).text: Measurement(1.0, 1.0, 1.0, 0.0, 5)}
+    with pytest.raises(MismatchError, match="the profile was measured with"):
+        merged(profile_of("x", run.environment | change, layers), run, layers)
+    unknown = {name: text for name, text in run.environment.items() if name not in change and name != "device"}
+    assert merged(profile_of("x", unknown, layers), run, layers).measurements() == layers
+
+
+def test_a_fit_is_dropped_because_it_is_not_of_the_new_entries(folder: Path) -> None:
+    layers = {conv(4).text: Measurement(1.0, 1.0, 1.0, 0.0, 5)}
+    before = profile_of("x", {}, layers).model_copy(update={"fit": fit_of(1e12)})
+    assert merged(before, measured(Plan.load(folder / "plan.json")), layers).fit is None
 
 
 def test_wrong_input_is_refused_before_anything_is_written(folder: Path) -> None:

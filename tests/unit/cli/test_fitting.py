@@ -1,5 +1,6 @@
 """``profile fit``, ``profile import`` and plans priced with ``--profile``, as a user meets them."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_shipped_profiles_of_a_cluster_s_device_are_used_without_being_asked(
     )
     write_profile(tmp_path / "devices" / "t4.json", profile_of("t4", {}, {conv(8).text: Measurement(1, 1, 1, 0, 5)}))
     before = api.machine_of("4xh100-nvlink")
-    monkeypatch.setattr(api, "profiles_path", lambda: tmp_path)
+    monkeypatch.setattr("planner.api.machine.profiles_path", lambda: tmp_path)
     found = api.machine_of("4xh100-nvlink").profile
     assert found.layers.keys() - before.profile.layers.keys() == {conv(4).text} - before.profile.layers.keys()
     assert conv(8).text not in found.layers
@@ -173,3 +174,28 @@ def test_a_profile_goes_over_the_measured_rates_of_this_host(profile: Path, monk
     assert found.roofline == rates  # for the optimizer and what cannot be fitted
     assert found.layers == read_profile(profile).measurements()
     assert found.fit == fit_of(5e12)
+
+
+@pytest.mark.parametrize(
+    ("device", "processor", "warns"),
+    [
+        ("h200", "NVIDIA H200", True),
+        ("cpu-core", "Abacus 9", False),
+        ("cpu-core", "Abacus 8", True),
+        ("cpu", "", False),
+    ],
+)
+def test_a_profile_of_something_else_than_the_machine_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, processor: str,
+    warns: bool,
+) -> None:  # fmt: skip
+    rates = Roofline({"": 1e9}, 1e9, 1e-6, 3e9, measured=True)
+    graph = api.machine_of(devices=2).graph
+    graph = dataclasses.replace(graph, devices=tuple(dataclasses.replace(d, kind="cpu") for d in graph.devices))
+    monkeypatch.setattr("planner.measure.host.local_machine", lambda *_: (graph, ProfileTable("cpu", rates)))
+    monkeypatch.setattr("planner.measure.host.cpu_name", lambda: "Abacus 9")
+    write_profile(tmp_path / "p.json", profile_of(device, {"processor": processor}, {}))
+    for cluster in ("local-2", graph):
+        caplog.clear()
+        api.machine_of(cluster, profile=tmp_path / "p.json")
+        assert (f"was measured on {device}, this machine has cpu" in caplog.text) == warns

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from planner.api import machine_of
+from planner.cli.tracing import is_as_planned
 from planner.plan import Plan
+from planner.profile.file import profile_of, write_profile
+from planner.profile.table import Measurement
 from support.command_line import layerwise
-from support.plans import Json, document
+from support.pieces import conv
+from support.plans import Json, document, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,23 @@ def test_another_machine_gives_another_step_and_is_noted(plan: Path, tmp_path: P
     assert last_ns(tmp_path / "trace.json") > round(Plan.load(plan).totals.step_s * 1e9)
 
 
+def test_another_profile_is_noted(plan: Path, tmp_path: Path) -> None:
+    write_profile(tmp_path / "a100.json", profile_of("a100", {}, {conv(4).text: Measurement(1.0, 1.0, 1.0, 0.0, 5)}))
+    ran = layerwise("trace", plan, "-o", tmp_path / "trace.json", "--profile", tmp_path / "a100.json")
+    assert ran.code == 0, ran.err
+    assert "made with another device profile" in ran.error
+    assert "another machine" not in ran.err
+
+
+def test_a_run_is_held_against_the_plan_s_own_prediction_too_where_layers_are_priced_anew() -> None:
+    machine = machine_of(devices=2)
+    found = document()
+    found["cluster"]["sha256"] = machine.graph.digest
+    assert not is_as_planned(plan_of(found), machine)
+    found["provenance"]["profile_sha256"] = machine.profile.digest
+    assert is_as_planned(plan_of(found), machine)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -71,7 +93,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("something was run")
 
-    for place in ("runtime.launch.run_local", "planner.api.prepare", "planner.api.measure_host"):
+    for place in ("runtime.launch.run_local", "planner.api.prepare", "planner.api.machine.measure_host"):
         monkeypatch.setattr(place, fail)
 
 

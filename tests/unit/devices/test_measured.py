@@ -33,6 +33,13 @@ def test_times_between_and_beyond_the_points(num_bytes: int, seconds: float) -> 
     assert MEASURED.seconds(num_bytes) == pytest.approx(seconds)
 
 
+def test_a_noisy_last_point_does_not_make_more_bytes_free() -> None:
+    """1 s for 100 bytes at the end, of which half counts beyond."""
+    points = (CollectivePoint(50, 1.1, 1.1, 0.0), CollectivePoint(100, 1.0, 1.0, 0.0))
+    noisy = dataclasses.replace(MEASURED, points=points)
+    assert noisy.seconds(300) == pytest.approx(1.1 + 0.5 * 1.1 / 100 * 200)
+
+
 def test_loaded_is_never_faster_than_alone() -> None:
     assert MEASURED.loaded_s(400) == 7.0
     assert MEASURED.loaded_s(2000) == pytest.approx(MEASURED.seconds(2000)) == 18.0

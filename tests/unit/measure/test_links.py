@@ -84,6 +84,24 @@ def test_whole_levels_take_the_measured_times_and_their_factors_the_links() -> N
         assert pricer.all_reduce(axes, num_bytes).seconds < 1.0
 
 
+def test_factors_of_a_level_lose_in_proportion_to_it() -> None:
+    """The whole level takes twice as long behind computation, which loses as much as it takes alone."""
+    alone = ring(CollectiveKind.ALL_REDUCE, ("gpu",), 4, 1e-5, 1e9)
+    points = tuple(CollectivePoint(p.num_bytes, p.seconds, 2 * p.seconds, p.seconds) for p in alone.points)
+    graph = dataclasses.replace(cluster("4xa100-nvlink"), collectives=(dataclasses.replace(alone, points=points),))
+    found = StepPricer(Router(graph, graph.parse_mesh("gpu=2x2"))).reduction((0,), 2**18)
+    assert found.loaded_s == pytest.approx(2 * found.seconds)
+    assert found.lost_s == pytest.approx(found.seconds)
+
+
+def test_one_rank_on_each_node_has_no_bus_in_the_way() -> None:
+    measured = ring(CollectiveKind.ALL_REDUCE, ("node",), 2, 5e-6, 12e9)
+    graph = measured_graph("lab", 2, 1, device_kinds()["h200"], [measured])
+    links = Router(dataclasses.replace(graph, collectives=()), graph.mesh())
+    for point in measured.points:
+        assert ring_all_reduce_s(point.num_bytes, 2, links.ring((0,))) == pytest.approx(point.seconds, rel=0.05)
+
+
 def test_levels_are_bits() -> None:
     graph = cluster("2x4-a100-ib100")
     pricer = StepPricer(Router(graph, graph.parse_mesh("node=2,gpu=2x2")))

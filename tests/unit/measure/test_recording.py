@@ -13,9 +13,10 @@ from planner.measure.journal import JournalReader, JournalWriter
 from planner.measure.recording import SAVE_EVERY_S, Recording, environment
 from planner.measure.session import Found, Limits, Summary, measure_pieces
 from planner.measure.sizing import LEAST_SAMPLES, Rates, sized
-from planner.profile.file import read_profile
+from planner.profile.file import from_entries, read_profile, write_profile
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
+from support.pieces import entry
 
 HERE = {"processor": "a", "torch": "2", "threads": "1", "ranks_at_once": "1", "command": "one", "utc": "then"}
 RATES = Rates(flop_per_s=1e12, bytes_per_s=1e12)
@@ -115,6 +116,16 @@ def test_a_file_says_every_command_that_made_it(tmp_path: Path) -> None:
     for command, pieces in (("one", PIECES[:1]), ("two", PIECES[:2]), ("two", PIECES[:3])):
         session(pieces, recording(path, command=command), Timer())
     assert read_profile(path).environment == HERE | {"command": "one; two"}
+
+
+def test_an_entry_that_lacks_a_phase_is_kept_until_its_layer_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    partial = [entry(piece, (1.0, None, None)) for piece in PIECES[:2]]
+    write_profile(path, from_entries("mine", HERE, partial))
+    session(PIECES[:1], recording(path), Timer())
+    found = read_profile(path)
+    assert found.measurements() == {PIECES[0].text: TIMES}
+    assert [e for e in found.layers if e.measurement is None] == partial[1:]
 
 
 def test_each_piece_is_timed_once(tmp_path: Path) -> None:
@@ -230,7 +241,7 @@ def test_a_layer_is_handed_on_when_every_rank_has_timed_it(tmp_path: Path) -> No
     for rank, scale in zip(ranks, (1.0, 2.0, 9.0), strict=True):
         assert list(reader.new()) == []
         rank.add("a", Measurement(scale, 10 * scale, 100 * scale, 0.1 * scale, 5))
-    assert list(reader.new()) == [("a", Measurement(2.0, 20.0, 200.0, 0.2, 5))]
+    assert list(reader.new()) == [("a", Measurement(9.0, 90.0, 900.0, 0.9, 5))]  # the slowest rank's
     for rank in ranks:
         rank.add("b", None)
     assert list(reader.new()) == [("b", None)]

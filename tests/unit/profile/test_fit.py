@@ -236,6 +236,16 @@ def test_conditions_are_fitted_apart_and_the_other_memory_format_stands_in() -> 
     assert one.seconds(replace(piece, precision="tf32")) is None
 
 
+def test_a_kind_of_the_other_memory_format_comes_before_other_kinds_of_its_own() -> None:
+    """Channels-last profiles have contiguous entries too: those of linear layers, which have no space."""
+    linears = [PieceKey(Linear(n, m), (), ((64, n),), (64, m), bias=False) for n in (64, 256) for m in (128, 512)]
+    convs = [timed(replace(p, memory_format="channels_last"), lambda _, flop, __: flop / 1e12) for p in shapes()]
+    fit = fit_profile([*convs, *(timed(p, lambda _, flop, __: flop / 1e10) for p in linears)])
+    piece = next(shapes())
+    assert predicted(fit, piece) == predicted(fit, replace(piece, memory_format="channels_last"))
+    assert predicted(fit, linears[0]) == pytest.approx(demands(linears[0])[Phase.FORWARD].flop / 1e10, rel=0.1)
+
+
 def test_the_order_of_entries_does_not_matter_and_a_second_fit_is_the_same() -> None:
     entries = [timed(p, lambda _, flop, b: 1e-6 + flop / 1e12 + b / 1e11) for p in shapes(15)]
     assert fit_profile(entries) == fit_profile(entries[::-1])

@@ -1,6 +1,7 @@
 """Keys are equal where pieces take equally long, and different where they do not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,11 +30,14 @@ def local(planner: Planner, index: int, dimension: Dimension | None = None) -> L
     return planner.cost_model(mesh).local(layer, split)
 
 
-def key_of(*modules: nn.Module, shape: tuple[int, ...] = (2, 4, 6, 6), behind: bool = False, **options: object) -> str:
+def key_of(
+    *modules: nn.Module, shape: tuple[int, ...] = (2, 4, 6, 6), behind: bool = False,
+    memory_format: str = "contiguous", **options: object,
+) -> str:  # fmt: skip
     """Return the key of the first module, or of the one behind a convolution."""
     first = [nn.Conv2d(shape[1], shape[1], 1)] if behind else []
     planner = planner_of(nn.Sequential(*first, *modules), shape, 1, **options)
-    return local(planner, 2 if behind else 1).key
+    return replace(local(planner, 2 if behind else 1), memory_format=memory_format).key
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -172,6 +176,16 @@ def test_a_key_is_read_back_as_it_was_written(model: str) -> None:
     for piece in prepare(loaded.module, inputs, machine, Options(), Origin("n")).layer_pieces():
         assert PieceKey.of_text(piece.text) == piece
         assert PieceKey.of_text(piece.text).text == piece.text
+
+
+def test_plans_are_priced_contiguously_and_other_pieces_are_for_measuring_only() -> None:
+    planner = planner_of(nn.Sequential(nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(216, 2)), (4, 4, 6, 6), 2)
+    with pytest.raises(TypeError, match="memory_format"):
+        Options(memory_format="channels_last")  # type: ignore[call-arg]
+    plain, last = planner.layer_pieces(), planner.layer_pieces(memory_format="channels_last")
+    assert {piece.memory_format for piece in plain} == {"contiguous"}
+    assert {piece.memory_format for piece in last if len(piece.output) == 4} == {"channels_last"}
+    assert [replace(piece, memory_format="contiguous") for piece in last] == plain
 
 
 @pytest.mark.parametrize(

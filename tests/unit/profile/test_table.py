@@ -5,9 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from planner.ir.graph import Layer, Parameter
+from planner.ir.ops import BatchNorm, PerSample
 from planner.ir.split import LayerId
+from planner.ir.tensor import DType, TensorSpec
+from planner.profile.calibrated import FORM, CalibratedRoofline, ConditionFit
 from planner.profile.demand import Phase
 from planner.profile.file import profile_of
+from planner.profile.key import LocalLayer, PieceKey
 from planner.profile.roofline import Roofline
 from planner.profile.shipped import with_profiles
 from planner.profile.table import LayerTime, Measurement, ProfileTable, Ratios, Source, scaled
@@ -116,3 +121,28 @@ def test_phases_of_a_fit_add_up_to_a_finite_time() -> None:
     assert found is not None
     assert set(found) == set(Phase)
     assert all(math.isfinite(value) and value > 0 for value in found.values())
+
+
+def test_a_phase_that_a_fit_lacks_grows_like_the_other_backward_phase() -> None:
+    norm = PieceKey(BatchNorm(64), (), ((8, 64, 56, 56),), (8, 64, 56, 56), weight_gradient=True, synchronised=False)
+    kind = fit_of(1e12).conditions[0].phases[Phase.FORWARD]["conv"].model_copy(update={"bytes_per_s": 1e10})
+    condition = ConditionFit(
+        precision="fp32", memory_format="contiguous", phases={p: {"norm": kind} for p in Phase}, residuals=[]
+    )
+    fit = CalibratedRoofline(form=FORM, left_out="", conditions=[condition])
+    assert Phase.BACKWARD_WEIGHT not in (fit.seconds(norm) or {})
+    found = scaled([(8, Measurement(8e-3, 10e-3, 6e-3, 0.0, 5))], 256, Ratios(fit, norm.with_samples(256)))
+    assert found.backward_weight_s / 6e-3 == pytest.approx(found.backward_data_s / 10e-3)
+    assert found.backward_weight_s == pytest.approx(32 * 6e-3, rel=0.2)  # it moves 32 times as many bytes
+
+
+def test_all_backward_flop_of_a_layer_without_input_gradient_are_priced() -> None:
+    op = PerSample("f", 10**9, 2 * 10**9)
+    shape, weight = (8, 4), Parameter("w", TensorSpec((4, 4), DType.FLOAT32))
+    layer = Layer(LayerId("f"), op, (LayerId("x"),), TensorSpec(shape, DType.FLOAT32), (weight,))
+    table = ProfileTable("x", SHEET, fit=fit_of(1e12, launch_s=1e-9))
+    both = LocalLayer(layer, (shape,), shape, ((4, 4),), DType.FLOAT32, input_gradient=True)
+    for local in (both, replace(both, input_gradient=False)):
+        found = table.time(local)
+        assert found.source is Source.FITTED
+        assert [found.forward_s, found.backward_s] == pytest.approx([1e-3, 2e-3], rel=1e-3)
