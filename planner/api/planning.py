@@ -143,8 +143,7 @@ class Planner:
             model, space = self.cost_model(mesh), self.space(mesh)
             for layer in self.traced.layers.layers:
                 locals_of = (
-                    replace(model.local(layer, split), memory_format=memory_format)
-                    for split in space.splits[layer.id]
+                    replace(model.local(layer, split), memory_format=memory_format) for split in space.splits[layer.id]
                 )
                 found.update(dict.fromkeys(local.piece for local in locals_of if local.has_kernel))
         return list(found)
