@@ -67,7 +67,8 @@ def _intervals(layout: Layout) -> tuple[Index, Index]:
         pieces = np.array(layout.pieces(dim))
         starts.append(pieces[index, 0])
         stops.append(pieces[index, 1])
-    return np.array(starts).reshape(-1, mesh.size).T, np.array(stops).reshape(-1, mesh.size).T
+    ends = [np.array(x, dtype=np.int64).reshape(len(layout.shape), mesh.size).T for x in (starts, stops)]
+    return ends[0], ends[1]
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -155,8 +156,8 @@ class Frame:
     def codes(self, sources: Sequence[Layout], targets: Sequence[Layout]) -> Index:
         """Return for every pair the set of dimensions that are cut evenly, as bits, int64[sources, targets]."""
         rank = len(self.shape)
-        before = np.array([cutting_axes(layout.placements, rank) for layout in sources]).reshape(-1, rank)
-        after = np.array([cutting_axes(layout.placements, rank) for layout in targets]).reshape(-1, rank)
+        before = np.array([cutting_axes(layout.placements, rank) for layout in sources]).reshape(len(sources), rank)
+        after = np.array([cutting_axes(layout.placements, rank) for layout in targets]).reshape(len(targets), rank)
         found = np.zeros((len(sources), len(targets)), dtype=np.int64)
         for dim, even in enumerate(self._evenness):
             found |= even[before[:, None, dim] | after[None, :, dim]].astype(np.int64) << dim

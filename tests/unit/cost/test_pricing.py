@@ -207,3 +207,14 @@ def test_a_network_of_equal_layers_prices_each_pair_of_layouts_once(monkeypatch:
     CostTable.of(space, model)
     assert asked
     assert max(asked.values()) == 1
+
+
+def test_a_number_that_every_rank_adds_to_is_priced() -> None:
+    """A loss has no dimensions: its only move is an all-reduce of 4 bytes."""
+    machine = equal_devices(2)
+    mesh = machine.mesh()
+    partial, equal = (Layout((), mesh, (placement,), ()) for placement in (Whole.PARTIAL, Whole.EQUAL))
+    pricer = StepPricer(Router(machine, mesh))
+    found = EdgePricer(pricer).price([partial, equal], [equal], 4)
+    assert found.seconds.tolist() == [[pricer.collective(StepKind.ALL_REDUCE, (0,), 4).seconds], [0.0]]
+    assert pricer.price(partial, equal, 4).seconds == found.seconds[0, 0]
