@@ -19,6 +19,7 @@ LINES = (  # lowest first; packages on one line do not import each other
     "models",
     "frontend measure",
     "api",
+    "reproduce",
     "cli",
     "__main__",
 )

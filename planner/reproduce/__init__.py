@@ -1,0 +1,1 @@
+"""Published figures beside ours: one module for each paper, all with one function ``reproduce``."""
