@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.moves import Index, Move, Share, frame, moves, used_rank
+from planner.cost.moves import Move, Share, frame, moves_of_pairs, used_rank
 from planner.cost.transfer import FREE, StepPricer
-from planner.ir.layout import Layout
+from planner.ir.layout import Index, Layout
 
 _Key = tuple[tuple[Layout, ...], tuple[Layout, ...], bytes]
 
@@ -76,11 +76,9 @@ class EdgePricer:
         key = before, after, here.tobytes()
         if key not in self._patterns:
             numbers: dict[Move, int] = {}
-            rows, columns = (index.tolist() for index in np.nonzero(here))
-            listed = [
-                [numbers.setdefault(m, len(numbers)) for m in moves(before[i], after[j])]
-                for i, j in zip(rows, columns, strict=True)
-            ]
+            rows, columns = np.nonzero(here)
+            found = moves_of_pairs(before, after, (rows.astype(np.int64), columns.astype(np.int64)))
+            listed = [[numbers.setdefault(m, len(numbers)) for m in each] for each in found]
             length = max(map(len, listed), default=0)
             padded = [own + [len(numbers)] * (length - len(own)) for own in listed]
             index = np.array(padded, dtype=np.int64).reshape(len(listed), length).T

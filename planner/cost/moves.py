@@ -15,11 +15,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ir.layout import BALANCED, Cut, Layout, LayoutFamily, Placement, family
+from planner.cost.exchange import exchanged, exchanges
+from planner.ir.layout import (
+    BALANCED,
+    Cut,
+    Index,
+    Layout,
+    LayoutFamily,
+    Placement,
+    balanced_pieces,
+    cut_pieces,
+    family,
+)
 from planner.ir.mesh import Mesh
 from planner.ir.transfer import Step, StepKind, steps
-
-Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,26 @@ def moves(source: Layout, target: Layout) -> tuple[Move, ...]:
     return tuple(Move(s.kind, s.axes, _elements(s)) for s in steps(source, target) if s.kind.communicates)
 
 
+def moves_of_pairs(
+    before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[Index, Index]
+) -> list[tuple[Move, ...]]:
+    """Return ``moves`` of many pairs; those that are one exchange, which are most, are worked out together.
+
+    Args:
+        before: layouts that differ in their placements only.
+        after: likewise.
+        pairs: positions in ``before`` and ``after`` of each pair.
+    """
+    groups, elements = exchanges(before, after, pairs)
+    mesh = before[0].mesh
+    axes_of = [tuple(a for a in range(len(mesh.axes)) if group >> a & 1) for group in range(1 << len(mesh.axes))]
+    rows, columns = (positions.tolist() for positions in pairs)
+    return [
+        (Move(StepKind.EXCHANGE, axes_of[group], n),) if group else moves(before[i], after[j])
+        for i, j, group, n in zip(rows, columns, groups.tolist(), elements.tolist(), strict=True)
+    ]
+
+
 def _elements(step: Step) -> int:
     match step.kind:
         case StepKind.ALL_REDUCE | StepKind.REDUCE_SCATTER:
@@ -52,60 +81,6 @@ def _elements(step: Step) -> int:
             return math.prod(step.target.largest_shape())
         case _:
             return exchanged(step.source, step.target, step.axes)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _intervals(layout: Layout) -> tuple[Index, Index]:
-    """Return start and stop of every rank's region, int64[ranks, dims] each."""
-    mesh = layout.mesh
-    coordinates = np.indices(mesh.shape).reshape(len(mesh.axes), -1) if mesh.axes else np.zeros((0, 1), int)
-    starts, stops = [], []
-    for dim in range(len(layout.shape)):
-        index = np.zeros(mesh.size, int)
-        for axis in layout.axes_of(dim):
-            index = index * mesh.shape[axis] + coordinates[axis]
-        pieces = np.array(layout.pieces(dim))
-        starts.append(pieces[index, 0])
-        stops.append(pieces[index, 1])
-    ends = [np.array(x, dtype=np.int64).reshape(len(layout.shape), mesh.size).T for x in (starts, stops)]
-    return ends[0], ends[1]
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _senders(mesh: Mesh, axes: tuple[int, ...]) -> Index:
-    """Return the positions that differ from each one along these axes only, itself included: int64[ranks, group]."""
-    positions = np.arange(mesh.size).reshape(mesh.shape)
-    moved = np.moveaxis(positions, axes, range(len(mesh.shape) - len(axes), len(mesh.shape)))
-    size = math.prod(mesh.shape[a] for a in axes)
-    groups = moved.reshape(-1, size)
-    found = np.empty((mesh.size, size), dtype=np.int64)
-    found[groups.reshape(-1)] = np.repeat(groups, size, axis=0)
-    return found
-
-
-def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = None) -> int:
-    """Return the most elements that a rank sends or that a rank receives in an exchange, whichever is more.
-
-    The copies are those that ``planner.ir.transfer.transfers`` lists: a rank gets what it needs from the ranks
-    that agree with it along the axes that do not cut the source.
-
-    Args:
-        source: layout before.
-        target: layout after; neither has partial sums that the other has not.
-        axes: along which ranks talk, as of ``Step``; all that cut the source if left out.
-    """
-    mesh = source.mesh
-    if axes is None:
-        axes = tuple(a for a, p in enumerate(source.placements) if isinstance(p, int))
-    senders = _senders(mesh, axes)
-    have_start, have_stop = _intervals(source)
-    need_start, need_stop = _intervals(target)
-    stop = np.minimum(have_stop[senders], need_stop[:, None])
-    common = np.maximum(stop - np.maximum(have_start[senders], need_start[:, None]), 0)
-    volume = common.prod(axis=2)
-    volume[senders == np.arange(mesh.size)[:, None]] = 0  # what a rank has stays in place
-    sent = np.bincount(senders.ravel(), volume.ravel(), mesh.size)  # floats, exact up to 2**53 elements
-    return int(max(volume.sum(axis=1).max(), sent.max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +122,7 @@ class Frame:
     def _evenness(self) -> NDArray[np.bool_]:
         """Whether the pieces are equally large, bool[dims, sets of mesh axes that cut the dimension]."""
         sets = range(1 << len(self.mesh.axes))
-        parts = [math.prod(n for axis, n in enumerate(self.mesh.shape) if s >> axis & 1) for s in sets]
+        parts = [tuple(n for axis, n in enumerate(self.mesh.shape) if s >> axis & 1) for s in sets]
         return np.array([
             [not s or (_is_even(n, a, parts[s]) and _is_even(n, b, parts[s])) for s in sets]
             for n, a, b in zip(self.shape, self.source, self.target, strict=True)
@@ -192,8 +167,12 @@ class Frame:
         return Share(source, target, math.prod(scaled), small ** sum(even))
 
 
-def _is_even(size: int, cut: Cut, parts: int) -> bool:
-    return cut.window is None and cut.sizes is None and size > 0 and size % (cut.unit * parts) == 0
+def _is_even(size: int, cut: Cut, parts: tuple[int, ...]) -> bool:
+    """Return whether the pieces are equally large and lie side by side; those of a pool without overlap do."""
+    count = math.prod(parts)
+    if size == 0 or size % (cut.unit * count) != 0:
+        return False
+    return cut_pieces(size, parts, cut) == balanced_pieces(size, count)
 
 
 @functools.lru_cache(maxsize=1 << 12)

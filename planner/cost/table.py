@@ -1,6 +1,8 @@
 """All costs of a search space as vectors and matrices, built once per layer signature."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +55,8 @@ class CostTable:
     def of(space: SearchSpace, model: CostModel) -> "CostTable":
         """Price every layer and edge; layers and edges that look alike share their arrays."""
         numbers = layer_numbers(space, model)
-        return CostTable(space, model, price_layers(space, model, numbers), price_edges(space, model, numbers))
+        with collector_paused():
+            return CostTable(space, model, price_layers(space, model, numbers), price_edges(space, model, numbers))
 
     def choice(self, strategy: Strategy) -> tuple[int, ...]:
         """Return the position of each layer's split in the space.
@@ -73,6 +76,22 @@ class CostTable:
         """Return the strategy at these positions of the space."""
         layers = self.space.graph.layers
         return {layer.id: self.space.splits[layer.id][c] for layer, c in zip(layers, choice, strict=True)}
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's collector of cycles from running.
+
+    Pricing makes many objects that stay and no cycles; with torch imported, each of the collector's full runs
+    looks at some 200,000 objects, which takes as long as the pricing of an edge.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def layer_numbers(space: SearchSpace, model: CostModel) -> tuple[int, ...]:

@@ -11,11 +11,15 @@ import itertools
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planner.ir.halo import AnyWindow
 from planner.ir.mesh import Mesh
 from planner.ir.region import Region
 
 Interval = tuple[int, int]
+Index = NDArray[np.int64]
 
 
 class Whole(StrEnum):
@@ -110,6 +114,60 @@ def cut_pieces(size: int, parts: tuple[int, ...], cut: Cut) -> tuple[Interval, .
     return pieces
 
 
+@dataclass(frozen=True, eq=False)
+class Division:
+    """How one tensor dimension is divided over the ranks; made once for equal arguments, see ``division``.
+
+    What two divisions are to each other is asked of thousands of pairs of layouts, but of few pairs of divisions:
+    answers are kept by identity.
+
+    Attributes:
+        size: of the dimension.
+        axes: mesh axes that cut it, outermost first.
+        parts: their sizes.
+        cut: the rule.
+    """
+
+    size: int
+    axes: tuple[int, ...]
+    parts: tuple[int, ...]
+    cut: Cut
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Interval, ...]:
+        """The interval of every piece, outermost axis first."""
+        return cut_pieces(self.size, self.parts, self.cut) if self.axes else ((0, self.size),)
+
+    @functools.cached_property
+    def ends(self) -> tuple[Index, Index]:
+        """Start and stop of every piece, int64[pieces] each."""
+        found = np.array(self.pieces, dtype=np.int64)
+        return found[:, 0], found[:, 1]
+
+    def over(self, rank: int) -> tuple[Index, Index]:
+        """Return start and stop of every rank's piece, to be broadcast over a mesh of so many axes."""
+        shape = [1] * rank
+        for axis, size in zip(self.axes, self.parts, strict=True):
+            shape[axis] = size
+        return self.ends[0].reshape(shape), self.ends[1].reshape(shape)
+
+    @functools.cached_property
+    def overlaps(self) -> bool:
+        """Whether neighbouring pieces have elements in common, as windows do."""
+        return any(a[1] > b[0] for a, b in itertools.pairwise(self.pieces))
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """The size of the largest piece."""
+        return max(b - a for a, b in self.pieces)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def division(size: int, axes: tuple[int, ...], parts: tuple[int, ...], cut: Cut) -> Division:
+    """Return how a dimension is divided; arguments as of ``Division``."""
+    return Division(size, axes, parts, cut)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A tensor spread over a mesh.
@@ -161,14 +219,27 @@ class Layout:
         """Return this layout for a tensor of another size in one dimension (another batch)."""
         return replace(self, shape=(*self.shape[:dim], size, *self.shape[dim + 1 :]))
 
-    def axes_of(self, dim: int) -> tuple[int, ...]:
-        """Return the mesh axes that cut a tensor dimension, outermost first."""
-        return self._axes[dim]
+    @functools.cached_property
+    def divisions(self) -> tuple[Division, ...]:
+        """How each tensor dimension is divided."""
+        found: list[list[int]] = [[] for _ in self.shape]
+        for axis, placement in enumerate(self.placements):
+            if isinstance(placement, int):
+                found[placement].append(axis)
+        mesh = self.mesh.shape
+        return tuple(
+            division(size, tuple(axes), tuple(mesh[a] for a in axes), cut) if axes else division(size, (), (), BALANCED)
+            for size, axes, cut in zip(self.shape, found, self.cuts, strict=True)
+        )
 
     @functools.cached_property
-    def _axes(self) -> tuple[tuple[int, ...], ...]:
-        dims = range(len(self.shape))
-        return tuple(tuple(i for i, placement in enumerate(self.placements) if placement == d) for d in dims)
+    def cutting_axes(self) -> int:
+        """The mesh axes that cut a dimension, as bits."""
+        return sum(1 << axis for axis, placement in enumerate(self.placements) if isinstance(placement, int))
+
+    def axes_of(self, dim: int) -> tuple[int, ...]:
+        """Return the mesh axes that cut a tensor dimension, outermost first."""
+        return self.divisions[dim].axes
 
     def axes_with(self, *kinds: Whole) -> tuple[int, ...]:
         """Return the mesh axes that hold the whole in one of these ways."""
@@ -176,14 +247,7 @@ class Layout:
 
     def pieces(self, dim: int) -> tuple[Interval, ...]:
         """Return the interval of every piece of a dimension, outermost axis first."""
-        return self._pieces[dim]
-
-    @functools.cached_property
-    def _pieces(self) -> tuple[tuple[Interval, ...], ...]:
-        return tuple(
-            cut_pieces(size, tuple(self.mesh.shape[a] for a in axes), cut) if axes else ((0, size),)
-            for size, axes, cut in zip(self.shape, self._axes, self.cuts, strict=True)
-        )
+        return self.divisions[dim].pieces
 
     def interval(self, dim: int, coordinates: tuple[int, ...]) -> Interval:
         """Return what the rank at these mesh coordinates holds of a dimension."""
@@ -207,7 +271,7 @@ class Layout:
 
     @functools.cached_property
     def _largest(self) -> tuple[int, ...]:
-        return tuple(max(b - a for a, b in self.pieces(dim)) for dim in range(len(self.shape)))
+        return tuple(d.largest for d in self.divisions)
 
     def has_empty_piece(self) -> bool:
         """Return whether some rank would hold nothing of a dimension that is cut."""
@@ -215,7 +279,7 @@ class Layout:
 
     @functools.cached_property
     def _has_empty_piece(self) -> bool:
-        return any(a >= b for dim, axes in enumerate(self._axes) if axes for a, b in self._pieces[dim])
+        return any(a >= b for d in self.divisions if d.axes for a, b in d.pieces)
 
 
 @dataclass(frozen=True)

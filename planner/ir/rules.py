@@ -237,7 +237,8 @@ def _windowed(plain: Rule, inputs: Specs, output: TensorSpec, windows: Sequence[
         role = output.roles[dim]
         if role is not None and role in _OWN_SPACE and window is not None:
             found[role] = Effect((dim,) * len(inputs), dim)
-            cuts[0, dim] = Cut(window=window)
+            if window != Window(output.shape[dim], 1) or inputs[0].shape[dim] != output.shape[dim]:
+                cuts[0, dim] = Cut(window=window)  # else each row reads its own, as in any pointwise operator
     return Rule(found, cuts, plain.output_units)
 
 

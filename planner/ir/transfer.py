@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
-from planner.ir.layout import Layout, Placement, Whole, family
+from planner.ir.layout import Division, Index, Layout, Placement, Whole, family
 from planner.ir.region import Region
 
 
@@ -63,44 +64,90 @@ class Transfer:
     region: Region
 
 
-def _same_pieces(a: Layout, b: Layout, dim: int) -> bool:
-    return a.axes_of(dim) == b.axes_of(dim) and a.pieces(dim) == b.pieces(dim)
+class Relation(StrEnum):
+    """What the pieces of a dimension before are to those after."""
+
+    OVERLAPPING = "overlapping"
+    """Those before have elements in common, which are addends."""
+    SAME = "same"
+    COVERING = "covering"
+    """Every rank has what it needs."""
+    NESTED = "nested"
+    """Those of the innermost axes before, joined, are those after."""
+    OTHER = "other"
 
 
-def _overlaps(layout: Layout, dim: int) -> bool:
-    pieces = layout.pieces(dim)
-    return any(a[1] > b[0] for a, b in itertools.pairwise(pieces))
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What happens to one dimension between two layouts; sets of mesh axes are bits.
+
+    Attributes:
+        relation: of its pieces.
+        cut_before: axes that cut it before, if anything changes.
+        freed: axes that no longer cut it once it is gathered.
+        is_apart: 1 if it takes an exchange, else 0.
+    """
+
+    relation: Relation
+    cut_before: int
+    freed: int
+    is_apart: int
 
 
-def _every_interval(a: Layout, b: Layout, dim: int, holds: Callable[[tuple[int, int], tuple[int, int]], bool]) -> bool:
-    """Return whether a relation holds between the intervals of both layouts on every rank."""
-    axes = sorted({*a.axes_of(dim), *b.axes_of(dim)})
-    coordinates = [0] * len(a.mesh.axes)
-    for values in itertools.product(*(range(a.mesh.shape[axis]) for axis in axes)):
-        for axis, value in zip(axes, values, strict=True):
-            coordinates[axis] = value
-        if not holds(a.interval(dim, tuple(coordinates)), b.interval(dim, tuple(coordinates))):
-            return False
-    return True
+@functools.lru_cache(maxsize=1 << 16)
+def change(before: Division, after: Division) -> Change:
+    """Return what happens to a dimension that is divided in one way before and in another after."""
+    relation = _relation(before, after)
+    cut_before = 0 if relation is Relation.SAME else sum(1 << axis for axis in before.axes)
+    is_gathered = relation is Relation.NESTED
+    freed = sum(1 << axis for axis in before.axes if is_gathered and axis not in after.axes)
+    return Change(relation, cut_before, freed, int(relation in {Relation.OVERLAPPING, Relation.OTHER}))
 
 
-def _covers(a: Layout, b: Layout, dim: int) -> bool:
-    return _every_interval(a, b, dim, lambda x, y: x[0] <= y[0] and y[1] <= x[1])
+def _relation(a: Division, b: Division) -> Relation:
+    if a.overlaps:
+        return Relation.OVERLAPPING
+    if a is b or (a.axes == b.axes and a.pieces == b.pieces):
+        return Relation.SAME
+    if _covers(a, b):
+        return Relation.COVERING
+    return Relation.NESTED if _nests(a, b) else Relation.OTHER
 
 
-def _nests(fine: Layout, coarse: Layout, dim: int) -> bool:
+Bits = TypeVar("Bits", int, Index)
+"""Sets of mesh axes: of one pair of layouts or of many."""
+
+
+def takes_exchange(is_apart: Bits, freed: Bits, cut_after: Bits) -> Bits:
+    """Return what keeps a tensor from being sliced and gathered dimension by dimension; 0 if nothing does.
+
+    Args:
+        is_apart: not 0 if some dimension takes an exchange.
+        freed: axes that gathers would free.
+        cut_after: axes that cut the target; what is freed in one dimension cannot cut another.
+    """
+    return is_apart | (freed & cut_after)
+
+
+def _covers(a: Division, b: Division) -> bool:
+    """Return whether every rank's piece in ``a`` contains the one in ``b``."""
+    rank = 1 + max((*a.axes, *b.axes), default=-1)
+    (a_start, a_stop), (b_start, b_stop) = a.over(rank), b.over(rank)
+    return bool(((a_start <= b_start) & (b_stop <= a_stop)).all())
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _nests(fine: Division, coarse: Division) -> bool:
     """Return whether joining the pieces of the innermost axes of ``fine`` gives those of ``coarse``."""
-    fine_axes, coarse_axes = fine.axes_of(dim), coarse.axes_of(dim)
-    fine_pieces, coarse_pieces = fine.pieces(dim), coarse.pieces(dim)
-    if fine_axes[: len(coarse_axes)] != coarse_axes or any(
+    if fine.axes[: len(coarse.axes)] != coarse.axes or any(
         a[1] != b[0]
-        for a, b in itertools.pairwise(fine_pieces)  # windows overlap or leave gaps
+        for a, b in itertools.pairwise(fine.pieces)  # windows overlap or leave gaps
     ):
         return False
-    joined = len(fine_pieces) // len(coarse_pieces)
+    joined = len(fine.pieces) // len(coarse.pieces)
     return all(
-        (fine_pieces[i * joined][0], fine_pieces[(i + 1) * joined - 1][1]) == piece
-        for i, piece in enumerate(coarse_pieces)
+        (fine.pieces[i * joined][0], fine.pieces[(i + 1) * joined - 1][1]) == piece
+        for i, piece in enumerate(coarse.pieces)
     )
 
 
@@ -138,18 +185,20 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
         current = after
 
     partial = tuple(a for a in source.axes_with(Whole.PARTIAL) if target.placements[a] is not Whole.PARTIAL)
-    for dim in range(len(source.shape)):
+    for dim in range(len(source.shape)) if partial else ():
         axes = tuple(a for a in partial if target.placements[a] == dim)
         if axes and current.axes_of(dim) + axes == target.axes_of(dim):
             scattered = _with_dim_of(current, target, {dim})
-            if _nests(scattered, current, dim):
+            if _nests(scattered.divisions[dim], current.divisions[dim]):
                 add(StepKind.REDUCE_SCATTER, axes, scattered, dim)
     rest = tuple(a for a in partial if current.placements[a] is Whole.PARTIAL)
     if rest:
         add(StepKind.ALL_REDUCE, rest, _replace_axes(current, rest, Whole.EQUAL))
 
     made_partial = tuple(a for a in target.axes_with(Whole.PARTIAL) if current.placements[a] is not Whole.PARTIAL)
-    _move(current, _before_partial(current, target, made_partial), add)
+    _move(current, _before_partial(current, target, made_partial) if made_partial else target, add)
+    if not made_partial:
+        return tuple(found)
     padded = tuple(a for a in made_partial if isinstance(current.placements[a], int))
     if padded:
         add(StepKind.PAD, (), _replace_axes(current, padded, Whole.PARTIAL))
@@ -166,32 +215,31 @@ def _before_partial(current: Layout, target: Layout, axes: tuple[int, ...]) -> L
         padded = tuple(a for a in axes if current.placements[a] == dim)
         if padded and goal.axes_of(dim) + padded == current.axes_of(dim):
             kept = _with_dim_of(goal, current, {dim})
-            if _nests(kept, goal, dim):
+            if _nests(kept.divisions[dim], goal.divisions[dim]):
                 goal = kept
     return goal
 
 
 def _move(current: Layout, target: Layout, add: Callable[..., None]) -> None:
     """Append the steps between layouts without partial sums to resolve."""
-    dims = [d for d in range(len(current.shape)) if not _same_pieces(current, target, d)]
-    overlapping = {d for d in range(len(current.shape)) if _overlaps(current, d)}
-    covered = {d for d in dims if d not in overlapping and _covers(current, target, d)}
-    gathered = {d for d in dims if d not in covered | overlapping and _nests(current, target, d)}
-    freed = {a for d in gathered for a in current.axes_of(d) if a not in target.axes_of(d)}
-    moved = any(isinstance(target.placements[a], int) for a in freed)
-    if not overlapping and not moved and covered | gathered == set(dims):
-        if covered:
-            sliced = _with_dim_of(current, target, covered)
-            add(StepKind.SLICE, (), sliced)
-            current = sliced
-        for dim in sorted(gathered):
+    changes = [change(a, b) for a, b in zip(current.divisions, target.divisions, strict=True)]
+    freed = cut_before = is_apart = 0
+    for each in changes:
+        freed, cut_before, is_apart = freed | each.freed, cut_before | each.cut_before, is_apart | each.is_apart
+    if takes_exchange(is_apart, freed, target.cutting_axes):
+        add(StepKind.EXCHANGE, tuple(a for a in range(len(current.placements)) if cut_before >> a & 1), target)
+        return
+    covered = {d for d, each in enumerate(changes) if each.relation is Relation.COVERING}
+    if covered:
+        sliced = _with_dim_of(current, target, covered)
+        add(StepKind.SLICE, (), sliced)
+        current = sliced
+    for dim, each in enumerate(changes):
+        if each.relation is Relation.NESTED:
             whole = _with_dim_of(current, target, {dim})
             axes = tuple(a for a in current.axes_of(dim) if a not in target.axes_of(dim))
             add(StepKind.ALL_GATHER, axes, whole, dim)
             current = whole
-    elif dims or overlapping:
-        axes = tuple(a for a, p in enumerate(current.placements) if p in {*dims, *overlapping})
-        add(StepKind.EXCHANGE, axes, target)
 
 
 def transfers(source: Layout, target: Layout) -> tuple[Transfer, ...]:

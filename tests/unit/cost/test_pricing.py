@@ -2,22 +2,25 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import planner.cost.moves
+import planner.cost.edges
 from planner.cost.edges import EdgePricer
+from planner.cost.exchange import exchanged
 from planner.cost.model import CostModel, Settings
-from planner.cost.moves import exchanged
+from planner.cost.moves import Move, moves, moves_of_pairs
 from planner.cost.table import CostTable
 from planner.cost.transfer import FREE, Price, StepPricer
 from planner.devices.library import equal_devices
 from planner.devices.route import Router
 from planner.ir.graph import Layer, LayerGraph, Parameter
-from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Placement, Whole, family
+from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Index, Layout, Placement, Whole, family
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Conv, Input, Output
 from planner.ir.rules import InputOutput
@@ -129,6 +132,14 @@ def test_the_busiest_rank_of_an_exchange_sends_or_receives_what_the_copies_say(
                 assert exchanged(source, target) == busiest(source, target)
 
 
+@given(families())
+def test_pairs_of_layouts_at_once_move_what_each_of_them_moves(pair: tuple[list[Layout], list[Layout]]) -> None:
+    before, after = pair
+    rows, columns = (x.ravel() for x in np.indices((len(before), len(after))))
+    found = moves_of_pairs(before, after, (rows, columns))
+    assert found == [moves(before[i], after[j]) for i, j in zip(rows, columns, strict=True)]
+
+
 def test_a_rank_that_sends_more_than_any_receives_sets_the_price() -> None:
     mesh = Mesh.of(node=4, gpu=4)
     source, target = (Layout((4, 16), mesh, p, (BALANCED, CHUNK)) for p in ((EQUAL, 1), (1, 1)))
@@ -153,12 +164,13 @@ def count_pairs(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Layout, Layout
     """Count the pairs of layouts whose steps are worked out, from now on."""
     asked: Counter[tuple[Layout, Layout]] = Counter()
 
-    def counted(source: Layout, target: Layout) -> tuple[Step, ...]:
-        asked[source, target] += 1
-        return steps(source, target)
+    def counted(
+        before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[Index, Index]
+    ) -> list[tuple[Move, ...]]:
+        asked.update((before[i], after[j]) for i, j in zip(*pairs, strict=True))
+        return moves_of_pairs(before, after, pairs)
 
-    monkeypatch.setattr(planner.cost.moves, "steps", counted)
-    planner.cost.moves.moves.cache_clear()
+    monkeypatch.setattr(planner.cost.edges, "moves_of_pairs", counted)
     return asked
 
 
@@ -199,14 +211,18 @@ def test_the_profile_is_asked_at_most_once_for_each_local_piece(monkeypatch: pyt
             assert (cost.forward_s, cost.backward_s) == (time.forward_s, time.backward_s)
 
 
-def test_a_network_of_equal_layers_prices_each_pair_of_layouts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = count_pairs(monkeypatch)
-    graph, machine, mesh = chain(9), equal_devices(8), Mesh.of(gpu0=2, gpu1=4)
-    space = enumerate_splits(graph, mesh, InputOutput.PER_RANK)
-    model = CostModel.of(graph, machine, mesh, ProfileTable("any", Roofline.of_data_sheet(1e12, 1e11)), Settings())
-    CostTable.of(space, model)
-    assert asked
-    assert max(asked.values()) == 1
+def test_a_network_of_more_equal_layers_works_out_no_more_pairs_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, mesh = equal_devices(8), Mesh.of(gpu0=2, gpu1=4)
+    counts = []
+    for length in (4, 9):
+        asked = count_pairs(monkeypatch)
+        graph = chain(length)
+        space = enumerate_splits(graph, mesh, InputOutput.PER_RANK)
+        model = CostModel.of(graph, machine, mesh, ProfileTable("any", Roofline.of_data_sheet(1e12, 1e11)), Settings())
+        CostTable.of(space, model)
+        counts.append(asked)
+    assert counts[0]
+    assert counts[0] == counts[1]
 
 
 def test_a_number_that_every_rank_adds_to_is_priced() -> None:
