@@ -116,11 +116,10 @@ def exchanges(before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[In
     elements = np.zeros(len(rows), dtype=np.int64)
     shape = before[0].mesh.shape
     step = max(_CHUNK // max(math.prod(shape), 1), 1)
-    for group in np.unique(groups[groups > 0]).tolist():
-        members = np.flatnonzero(groups == group)
-        for start in range(0, len(members), step):
-            chosen = members[start : start + step]
-            elements[chosen] = _exchanged(dims, chosen, group, cut_after[chosen], shape)
+    members = np.flatnonzero(groups)
+    for start in range(0, len(members), step):
+        chosen = members[start : start + step]
+        elements[chosen] = _exchanged(dims, chosen, groups[chosen], cut_after[chosen], shape)
     return groups, elements
 
 
@@ -158,26 +157,29 @@ class _Dimension:
 
 
 def _exchanged(
-    dims: Sequence[_Dimension], chosen: Index, group: int, cut_after: Index, shape: tuple[int, ...]
+    dims: Sequence[_Dimension], chosen: Index, groups: Index, cut_after: Index, shape: tuple[int, ...]
 ) -> Index:
-    """Return ``exchanged`` of the chosen pairs, int64[chosen], which all talk along the same axes (bits)."""
+    """Return ``exchanged`` of the chosen pairs, which talk along these axes (bits), int64[chosen]."""
     rank = len(shape)
-    axes = tuple(a for a in range(rank) if group >> a & 1)
+    subsets = 1 << rank
+    axes = [tuple(a for a in range(rank) if bits >> a & 1) for bits in range(subsets)]
     kept: Index = np.ones((len(chosen), *(1,) * rank), dtype=np.int64)
     received, sent, whole = kept, kept, 1
     for dim in dims:
-        kinds, kind_of = np.unique(dim.kind_of[chosen], return_inverse=True)
-        divisions = [dim.kinds[k] for k in kinds.tolist()]
-        if not any(have.axes or need.axes for have, need in divisions):
-            whole *= divisions[0][0].size
+        if not any(have.axes or need.axes for have, need in dim.kinds):
+            whole *= dim.kinds[0][0].size
             continue
-        tables = [_common(have, need, axes, rank) for have, need in divisions]
-        own, got, given = (_stack(arrays)[kind_of] for arrays in zip(*tables, strict=True))
+        codes = dim.kind_of[chosen] * subsets + groups
+        used = np.flatnonzero(np.bincount(codes))
+        position = np.zeros(used[-1] + 1, dtype=np.int64)
+        position[used] = np.arange(len(used))
+        tables = [_common(*dim.kinds[code // subsets], axes[code % subsets], rank) for code in used.tolist()]
+        own, got, given = (_stack(arrays)[position[codes]] for arrays in zip(*tables, strict=True))
         kept, received, sent = kept * own, received * got, sent * given
-    copies = np.array([math.prod(shape[a] for a in axes if not bits >> a & 1) for bits in range(1 << rank)])
-    each = copies[cut_after].reshape(-1, *(1,) * rank)
+    parts = np.array([math.prod(shape[a] for a in each) for each in axes])
+    copies = parts[groups & ~cut_after].reshape(-1, *(1,) * rank)  # who agrees along these axes needs the same
     over = tuple(range(1, rank + 1))
-    found: Index = whole * np.maximum((received - kept).max(axis=over), (each * sent - kept).max(axis=over))
+    found: Index = whole * np.maximum((received - kept).max(axis=over), (copies * sent - kept).max(axis=over))
     return found
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType, ModuleType
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from planner.errors import UsageError
 from planner.frontend import zoo
@@ -28,6 +30,7 @@ from planner.models import entry
 Shape = tuple[int, ...]
 
 _LOGGER = logging.getLogger(__name__)
+_DRAWS: Final = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,7 @@ def _call(
     failure: Exception | None = None
     for device in devices:
         try:
-            with _weights_on_meta() if device == _META_WEIGHTS else torch.device(device):
+            with _weights_on_meta() if device == _META_WEIGHTS else torch.device(device), _NoDraws():
                 module = factory(**arguments)
         except Exception as error:
             _LOGGER.info("model %s cannot be built on %s: %s", reference, device, error)
@@ -157,6 +160,21 @@ def _call(
     raise UsageError(
         f"model {reference!r} called with ({given}) raised {type(failure).__name__}: {failure}"
     ) from failure
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skip drawing initial values of tensors on the meta device: there are none, and it imports torch's compiler."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],  # the protocol's
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func in _DRAWS and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
