@@ -1,6 +1,6 @@
 """Train a small CNN on scikit-learn's digits under a plan.
 
-    layerwise plan examples/train.py:build_model --input 1,8,8 --cluster local-2 --batch 64 -o plan.json
+    layerwise plan examples/train.py:build_model --input 1,8,8 --cluster local-2 --batch 64 --all-devices -o plan.json
     torchrun --nproc-per-node 2 examples/train.py plan.json
 
 Against a script for torch's DistributedDataParallel, three lines are new. They are marked.

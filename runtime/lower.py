@@ -103,6 +103,19 @@ def refuse_space(plan: Plan) -> None:
             )
 
 
+def refuse_sharding(plan: Plan) -> None:
+    """Check that every rank is to hold its parameters whole; pieces of them cannot be run yet.
+
+    Raises:
+        UsageError: the plan shards parameters.
+    """
+    if (sharding := plan.stages[0].parameter_sharding) != "none":
+        raise UsageError(
+            f"the plan has parameter sharding {sharding!r}: such plans can be priced and compared, but not run yet. "
+            "Plan with --parameter-sharding none, and another --solver than fsdp."
+        )
+
+
 class Lowering:
     """Rewrites one traced model for one rank."""
 
@@ -127,6 +140,7 @@ class Lowering:
     def run(self) -> Lowered:
         """Rewrite the graph layer by layer."""
         refuse_space(self._plan)
+        refuse_sharding(self._plan)
         self._state.gradient_scale = self._params.gradient_scale
         outputs: list[fx.Node] = []
         for layer in self._traced.layers.layers:

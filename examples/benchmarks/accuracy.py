@@ -138,12 +138,17 @@ def measured(cases: Mapping[str, Sequence[str]]) -> Iterator[list[Row]]:
 def _prepared(case: Case, machine: Machine) -> Planner:
     loaded = load_model(case.model)
     return prepare(
-        loaded.module, example_inputs([case.image], case.batch), machine, Options(), Origin(case.model, case.model)
+        loaded.module,
+        example_inputs([case.image], case.batch),
+        machine,
+        Options(all_devices=True),
+        Origin(case.model, case.model),
     )
 
 
 def _plan(planner: Planner, name: str):
-    return dataclasses.replace(planner, options=Options(solver="auto" if name == "planned" else name)).plan()
+    options = Options(solver="auto" if name == "planned" else name, all_devices=True)
+    return dataclasses.replace(planner, options=options).plan()
 
 
 def _row(network: str, rate: str, strategy: str, predicted_s: float, samples_s: list[float]) -> Row:

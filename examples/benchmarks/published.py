@@ -15,9 +15,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from examples.benchmarks import published_optcnn as optcnn
-from examples.benchmarks import published_owt as owt
 from planner.errors import LayerwiseError
+from planner.reproduce import optcnn_cluster as optcnn
+from planner.reproduce import owt
 from planner.units import GIB
 
 OUTPUT = Path(__file__).with_suffix(".csv")

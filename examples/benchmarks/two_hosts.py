@@ -64,13 +64,13 @@ def run(model: str, batch: int, rate: str, rounds: int) -> dict[str, Any]:
             loaded.module,
             example_inputs(loaded.input_shapes, batch),
             machine,
-            Options(),
+            Options(all_devices=True),
             Origin(model, model),
         )
         planner = measure_layers(planner, hosts)
         comparison = compare_with(planner)
         names = ["data", "conv-data-fc-model"]
-        plans = {n: dataclasses.replace(planner, options=Options(solver=n)).plan() for n in names}
+        plans = {n: dataclasses.replace(planner, options=Options(solver=n, all_devices=True)).plan() for n in names}
         plans["planned"] = planner.plan()
         argument = {
             "plans": {n: p.to_json() for n, p in plans.items()},

@@ -33,13 +33,15 @@ class Comparison:
     Attributes:
         rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
         fits: for each row whether it obeys the memory limit.
-        search: that the planned one comes from.
+        searches: that each comes from.
+        notes: for each row why it could not have been planned; empty where it could.
     """
 
     planner: Planner
     rows: tuple[Planned, ...]
     fits: tuple[bool, ...]
-    search: Search
+    searches: tuple[Search, ...]
+    notes: tuple[str, ...]
 
     @property
     def planned(self) -> Planned:
@@ -48,16 +50,15 @@ class Comparison:
 
     def plans(self) -> tuple[Plan, ...]:
         """Return every row as a plan."""
-        fixed = self.planner.search(self.planner.meshes()[0])
-        of = [*(fixed for _ in self.rows[:-1]), self.search]
-        return tuple(self.planner.plan_of(search, row) for search, row in zip(of, self.rows, strict=True))
+        pairs = zip(self.searches, self.rows, strict=True)
+        return tuple(self.planner.plan_of(search, row) for search, row in pairs)
 
     @property
     def planned_lost(self) -> bool:
-        """Whether a fixed strategy that fits has a shorter predicted step."""
+        """Whether a fixed strategy that fits, and that could have been planned, has a shorter predicted step."""
         return any(
-            ok and row.timeline.step_s < self.planned.timeline.step_s * (1 - 1e-9)
-            for row, ok in zip(self.rows[:-1], self.fits[:-1], strict=True)
+            ok and not note and row.timeline.step_s < self.planned.timeline.step_s * (1 - 1e-9)
+            for row, ok, note in zip(self.rows[:-1], self.fits[:-1], self.notes[:-1], strict=True)
         )
 
 
@@ -83,10 +84,15 @@ def compare(
 
 def compare_with(planner: Planner) -> Comparison:
     """Compare the strategies of a prepared planner."""
-    rows = planner.baselines()
+    beside = planner.baselines()
     search, planned = planner.best()
-    fits = [row.timeline.memory_bytes <= planner.limit_bytes for row in rows]
-    return Comparison(planner, (*rows, planned), (*fits, True), search)
+    return Comparison(
+        planner,
+        (*(baseline.planned for baseline in beside), planned),
+        (*(baseline.search.fits(baseline.planned) for baseline in beside), True),
+        (*(baseline.search for baseline in beside), search),
+        (*(baseline.note for baseline in beside), ""),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ def price_plan(plan: Plan, machine: Machine) -> Priced:
             f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
         )
     planner = _planner_of(plan, machine)
-    mesh = _mesh_on(plan.mesh, machine.graph)
+    mesh = _mesh_on(plan, machine.graph)
     table = planner.table(mesh)
     try:
         choice = table.choice({layer: Split.of(mesh, split.dimensions) for layer, split in plan.strategy.items()})
@@ -137,15 +143,20 @@ def price_plan(plan: Plan, machine: Machine) -> Priced:
     return Priced(table, choice, simulate(table, choice, plan.bucket_bytes))
 
 
-def _mesh_on(mesh: Mesh, graph: DeviceGraph) -> Mesh:
-    """Return a mesh with the names that a machine gives to axes of these sizes.
+def _mesh_on(plan: Plan, graph: DeviceGraph) -> Mesh:
+    """Return a plan's mesh on a machine, with the names that the machine gives to axes of these sizes.
+
+    Its ranks are the devices that the plan names, where the machine has them; else the first ones.
 
     Raises:
         UsageError: the machine has no such axes.
     """
-    names = {level.name for level in graph.levels}
-    if all(axis.name.rstrip("0123456789") in names for axis in mesh.axes):
-        return mesh
+    mesh = plan.mesh
+    positions = {device.id: rank for rank, device in enumerate(graph.devices)}
+    if plan.stages[0].devices and plan.cluster.sha256 == graph.digest:
+        return Mesh(mesh.axes, tuple(positions[device] for device in plan.stages[0].devices))
+    if (shape := graph.shape_of(mesh.axes)) is not None:
+        return graph.mesh_of(*shape)
     for found in graph.meshes():
         if found.shape == mesh.shape:
             return found
@@ -172,7 +183,7 @@ def _planner_of(plan: Plan, machine: Machine) -> Planner:
     inputs, keywords = empty_inputs(plan.model.inputs)
     options = Options(
         precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
-        dimensions=frozenset(Dimension),
+        dimensions=frozenset(Dimension), parameter_sharding=plan.stages[0].parameter_sharding,
     )  # fmt: skip
     planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
     refuse_other_model(plan, planner.traced.layers)

@@ -1,8 +1,9 @@
 """The whole way in a few functions: trace, price, search, plan."""
 
 import logging
+import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,9 +13,10 @@ from torch import nn
 
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
-from planner.cost.table import CostTable
+from planner.cost.sharding import ParameterSharding
+from planner.cost.table import CostTable, layer_numbers, price_layers
 from planner.devices.graph import DeviceGraph
-from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UnknownNameError, UsageError
+from planner.errors import UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
 from planner.ir.dimension import Dimension
@@ -25,28 +27,24 @@ from planner.plan.build import Found, Request, build_plan
 from planner.plan.schema import InputTensor, Plan
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
-from planner.search.auto import SOLVERS, Planned, Search
+from planner.search.auto import SOLVERS, Planned, Search, Start
 from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits
+from planner.space.constraints import NO_CONSTRAINTS, Constraints, texts
 from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
 
 if TYPE_CHECKING:
     from runtime.namespaces import Hosts
 
+from planner.api.baselines import Baseline, baselines
 from planner.api.machine import Machine, machine_of, time_layers
+from planner.api.meshes import Counts, fewer_meshes, whole_meshes
+from planner.api.tour import Tour
 
 _log = logging.getLogger(__name__)
 
 MEASURE_TARGET_S = 1.0
 """Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
-
-
-MAX_MESHES = 6
-"""Candidate meshes that are searched: whole levels first, then their factorings."""
-
-
-MAX_AXES = 3
-"""Of a candidate mesh; the splits of a layer are up to 5 to the power of its axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +58,13 @@ class Options:
         optimizer: ``sgd``, ``momentum`` or ``adam``.
         sync_batch_norm: statistics over the global batch (as one device) or each rank's own.
         io: ``per-rank`` or ``global``; per-rank where every rank gets a sample, if None.
-        dimensions: that may be split.
+        dimensions: that may be split; a fixed strategy as the solver adds its own to the default.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
         time_limit_s: for the integer program and for further candidate meshes.
+        constraints: on single layers.
+        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``; it is priced, but the
+            runtime does not execute it yet.
+        all_devices: use all devices even where fewer are faster.
     """
 
     solver: str = "auto"
@@ -74,6 +76,9 @@ class Options:
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
     mesh: str | None = None
     time_limit_s: float = 60.0
+    constraints: Constraints = NO_CONSTRAINTS
+    parameter_sharding: Literal["none", "optimizer", "full"] = "none"
+    all_devices: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,30 +107,77 @@ class Planner:
     options: Options
     origin: Origin
     _searches: dict[Mesh, Search] = field(init=False, default_factory=dict, compare=False)
+    _models: dict[Mesh, CostModel] = field(init=False, default_factory=dict, compare=False)
+    _baselines: list[tuple[Baseline, ...]] = field(init=False, default_factory=list, compare=False)
 
     def meshes(self) -> list[Mesh]:
-        """Return the candidate meshes: the one asked for, or whole levels and their factorings."""
-        graph = self.machine.graph
+        """Return the candidate meshes over all devices: the one asked for, or whole levels and their factorings."""
         if self.options.mesh is not None:
-            return [graph.parse_mesh(self.options.mesh)]
-        few = [mesh for mesh in graph.meshes() if len(mesh.axes) <= MAX_AXES][:MAX_MESHES]
-        return few or [graph.mesh()]  # a machine of more levels
+            return [self.machine.graph.parse_mesh(self.options.mesh)]
+        return whole_meshes(self.machine.graph)
+
+    def fewer_meshes(self) -> list[tuple[Counts, Mesh]]:
+        """Return the candidate meshes over fewer devices, and how many devices of each level they use."""
+        if self.options.mesh is not None or self.options.all_devices:
+            return []
+        return list(fewer_meshes(self.machine.graph))
+
+    def fixed_mesh(self, name: str) -> Mesh:
+        """Return the mesh of a fixed strategy: whole levels, because on it they are what their users run.
+
+        One that needs two axes cuts the only one of a machine by the smallest prime factor, if it can.
+        """
+        mesh = self.meshes()[0]
+        if not FIXED[name].needs_two_axes or len(mesh.axes) != 1 or self.options.mesh is not None:
+            return mesh
+        size = mesh.size
+        inner = next(n for n in range(2, size + 1) if size % n == 0)
+        if inner == size:
+            return mesh
+        counts = [level.size for level in self.machine.graph.levels]
+        return self.machine.graph.mesh_of([(count // inner, inner) if count == size else (1,) for count in counts])
+
+    @property
+    def dimensions(self) -> frozenset[Dimension]:
+        """The dimensions that may be split."""
+        asked = frozenset(self.options.dimensions)
+        rule = FIXED.get(self.options.solver)
+        return asked | rule.dimensions if rule is not None and asked == DEFAULT_DIMENSIONS else asked
+
+    @property
+    def sharding(self) -> ParameterSharding:
+        """How parameters are held: as asked for, or as the fixed strategy that is the solver holds them."""
+        rule = FIXED.get(self.options.solver)
+        asked = ParameterSharding(self.options.parameter_sharding)
+        return rule.sharding or asked if rule is not None else asked
 
     def table(self, mesh: Mesh) -> CostTable:
         """Return the priced search space on a mesh."""
         return CostTable.of(self.space(mesh), self.cost_model(mesh))
 
     def space(self, mesh: Mesh) -> SearchSpace:
-        """Return the legal splits on a mesh."""
-        options, layers = self.options, self.traced.layers
-        io = InputOutput(options.io) if options.io else default_io(layers.batch, mesh.size)
-        return enumerate_splits(layers, mesh, io, options.dimensions)
+        """Return the legal splits on a mesh.
+
+        Raises:
+            InfeasibleError: the constraints leave a layer none.
+        """
+        constraints = self.options.constraints
+        return enumerate_splits(self.traced.layers, mesh, self.io(mesh), self.dimensions, constraints)
+
+    def io(self, mesh: Mesh) -> InputOutput:
+        """Return how ranks of a mesh pass the batch."""
+        asked = self.options.io
+        return InputOutput(asked) if asked else default_io(self.traced.layers.batch, mesh.size)
 
     def cost_model(self, mesh: Mesh) -> CostModel:
-        """Return what prices layers and transfers on a mesh."""
-        options, machine = self.options, self.machine
-        settings = Settings(options.precision, Optimizer(options.optimizer), options.sync_batch_norm)
-        return CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
+        """Return what prices layers and transfers on a mesh; made once."""
+        if mesh not in self._models:
+            options, machine = self.options, self.machine
+            settings = Settings(
+                options.precision, Optimizer(options.optimizer), options.sync_batch_norm, self.sharding
+            )  # fmt: skip
+            self._models[mesh] = CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
+        return self._models[mesh]
 
     def layer_pieces(
         self,
@@ -135,11 +187,12 @@ class Planner:
         """Return every piece of a layer that a search can ask for and that computes anything, each once.
 
         Args:
-            meshes: that are searched; all candidates if left out.
+            meshes: that are searched; all candidates if left out, over all devices and over fewer.
             memory_format: of the pieces; the runtime computes contiguously, and plans are priced so.
         """
         found: dict[PieceKey, None] = {}
-        for mesh in self.meshes() if meshes is None else meshes:
+        every = [*self.meshes(), *(mesh for _, mesh in self.fewer_meshes())]
+        for mesh in every if meshes is None else meshes:
             model, space = self.cost_model(mesh), self.space(mesh)
             for layer in self.traced.layers.layers:
                 locals_of = (
@@ -168,41 +221,38 @@ class Planner:
     def best(self) -> tuple[Search, Planned]:
         """Return the best plan over the candidate meshes, with the search it comes from.
 
-        Its lower bound is that of all meshes that were searched.
-        Fixed strategies use the mesh of whole levels only: on it they are what their users run.
-        """
-        meshes = self.meshes()
-        if self.options.solver in FIXED:
-            meshes = meshes[:1]
-        start = time.perf_counter()
-        found: list[tuple[Search, Planned]] = []
-        failure: LayerwiseError | None = None
-        for mesh in meshes:
-            if found and time.perf_counter() - start > self.options.time_limit_s:
-                _log.warning("time limit: %d of %d candidate meshes searched", len(found), len(meshes))
-                break
-            search = self.search(mesh)
-            try:
-                planned = search.solve(self.options.solver)
-            except (InfeasibleError, NoPlanError, UsageError) as error:  # another mesh may do
-                _log.info("mesh %s: %s", "x".join(map(str, mesh.shape)) or "1", error)
-                failure = failure or error
-                continue
-            found.append((search, planned))
-            _log.info("mesh %s: %.6g s", "x".join(map(str, mesh.shape)) or "1", planned.timeline.step_s)
-        if not found:
-            assert failure is not None
-            raise failure
-        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
-        if self.options.solver == "auto":
-            planned = search.refine(planned)
-        bound_s = min(each.lower_bound_s for _, each in found)
-        return search, replace(planned, lower_bound_s=bound_s)
+        Its lower bound is that of all meshes that were searched. ``auto`` is no slower than any fixed strategy that the
+        user allows: where one is faster, it goes on from there.
 
-    def baselines(self) -> list[Planned]:
-        """Return every fixed strategy on the mesh of whole levels, whether or not it fits."""
-        search = self.search(self.meshes()[0])
-        return [p for name in FIXED for p in _possible(search, name)]
+        Raises:
+            LayerwiseError: there is no plan on any mesh.
+        """
+        found = Tour(self).go()
+        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
+        if self.options.solver == "auto" and (faster := self._fastest_fixed(planned.timeline.step_s)) is not None:
+            search = self.search(faster.search.table.space.mesh)
+            choice = search.table.choice(faster.strategy)
+            planned = search.refine([Start(choice, faster.planned.timeline.step_s, faster.planned.bucket_bytes)])
+            found.append((search, planned))
+        return search, replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
+
+    def _fastest_fixed(self, step_s: float) -> Baseline | None:
+        """Return the fastest fixed strategy that could have been planned, if it is faster than this step."""
+        allowed = [b for b in self.baselines() if not b.note and b.search.fits(b.planned)]
+        best = min(allowed, key=lambda b: b.planned.timeline.step_s, default=None)
+        return best if best is not None and best.planned.timeline.step_s < step_s * (1 - 1e-9) else None
+
+    def floor_s(self, mesh: Mesh) -> float:
+        """Return what no plan on a mesh can be faster than, in seconds: the compute of every layer at its best."""
+        space, model = self.space(mesh), self.cost_model(mesh)
+        layers = price_layers(space, model, layer_numbers(space, model))
+        return math.fsum(min(c.forward_s + c.backward_s + c.update_s for c in costs) for costs in layers)
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """Return every fixed strategy that the machine allows, whether or not it fits; made once."""
+        if not self._baselines:
+            self._baselines.append(baselines(self))
+        return self._baselines[0]
 
     def plan(self) -> Plan:
         """Return the best plan with the fixed strategies beside it."""
@@ -223,21 +273,16 @@ class Planner:
             inputs,
             self.limit_bytes,
             self.origin.command,
+            tuple(texts(self.options.constraints)),
         )
-        return build_plan(search.table, _found(planned), [_found(b) for b in self.baselines()], request)
+        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
+        return build_plan(search.table, _found(planned), beside, request)
 
 
-def _possible(search: Search, name: str) -> Iterator[Planned]:
-    try:
-        yield search.fixed(name)
-    except LayerwiseError as error:  # the user forbade a dimension that the rule asks for
-        _log.info("no baseline %s: %s", name, error)
-
-
-def _found(planned: Planned) -> Found:
+def _found(planned: Planned, note: str = "") -> Found:
     return Found(
         planned.solver, planned.status.value, planned.lower_bound_s, planned.gap, planned.choice,
-        planned.bucket_bytes, planned.timeline, planned.num_replaced,
+        planned.bucket_bytes, planned.timeline, planned.num_replaced, note,
     )  # fmt: skip
 
 
@@ -263,11 +308,17 @@ def prepare(
     if any(x.shape[:1] != inputs[0].shape[:1] for x in inputs):
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
+    if options.parameter_sharding not in set(ParameterSharding):
+        raise UnknownNameError("parameter sharding", options.parameter_sharding, [s.value for s in ParameterSharding])
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
     traced = trace_layers(model, tuple(example_inputs), origin.name, keywords=example_keywords)
     _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
-    return Planner(traced, machine, options, origin)
+    planner = Planner(traced, machine, options, origin)
+    if options.constraints:
+        levels = [level.name for level in machine.graph.levels]
+        options.constraints.refuse_unknown(traced.layers, planner.meshes(), levels)
+    return planner
 
 
 def plan_model(

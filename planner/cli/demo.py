@@ -97,9 +97,10 @@ def _plans(case: Case, machine: "Machine", hosts: "Hosts | None") -> dict[str, P
 
     loaded = load_model(case.model)
     origin = Origin(case.model, case.model, command="layerwise demo")
-    planner = prepare(loaded.module, example_inputs(loaded.input_shapes, case.batch), machine, Options(), origin)
+    options = Options(all_devices=True)  # both processes take part, even where one alone would be faster
+    planner = prepare(loaded.module, example_inputs(loaded.input_shapes, case.batch), machine, options, origin)
     planner = measure_layers(planner, hosts)
-    asked = {PLANNED if name == "auto" else name: Options(solver=name) for name in STRATEGIES}
+    asked = {PLANNED if name == "auto" else name: Options(solver=name, all_devices=True) for name in STRATEGIES}
     if case.has_batch_norm:
         asked[LOCAL_NORM] = Options(solver="data", sync_batch_norm=False)
     return {shown: dataclasses.replace(planner, options=options).plan() for shown, options in asked.items()}

@@ -19,6 +19,7 @@ from planner.cli import (
     planning,
     profiling,
     reading,
+    reproducing,
     run,
     tracing,
 )
@@ -49,6 +50,7 @@ register("trace", tracing.trace)
 register("calibrate", calibrating.calibrate)
 register("demo", demo.demo)
 register("inspect", inspecting.inspect)
+register("reproduce", reproducing.reproduce)
 register("models", listing.models)
 register("clusters", listing.clusters)
 register("schema", listing.schema)

@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from planner.errors import UnknownNameError, UsageError
 from planner.ir.dimension import Dimension
 from planner.units import parse_bytes, parse_seconds
+
+if TYPE_CHECKING:
+    from planner.space.constraints import Constraints
 
 SAMPLES_PER_DEVICE: Final = 32
 """The default batch."""
@@ -98,7 +101,8 @@ class Asked(AskedModel):
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, dp, ilp, exhaustive, or fixed: data, model (model-out), model-in, conv-data-fc-model.",
+            help="auto, dp, ilp, exhaustive; published: hypar, soybean, optcnn, pase, mcmc; or fixed: data, model "
+            "(model-out), model-in, conv-data-fc-model, spatial, sample-spatial, channel-filter, fsdp.",
         ),
     ] = "auto"
     dims: Annotated[
@@ -126,6 +130,33 @@ class Asked(AskedModel):
             help="Statistics of each rank's own samples, as with plain DDP, not of the global batch.",
         ),
     ] = False
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS=DIMENSION",
+            help="Give layers a split: 'fc*=out_channel' on every axis, 'conv1=gpu:sample,node:height'. Repeat for "
+            "more.",
+        ),
+    ] = None
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYERS=DIMENSIONS", help="Such as 'conv*=in_channel'. Repeat for more."),
+    ] = None
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="The same split for all of these that have the same legal dimensions, such as 'layer1.*'. Repeat for "
+            "more.",
+        ),
+    ] = None
+    parameter_sharding: Annotated[
+        Literal["none", "optimizer", "full"],
+        typer.Option(help="Cut optimizer state, or parameters and gradients too, over ranks; priced, not run yet."),
+    ] = "none"
+    all_devices: Annotated[
+        bool, typer.Option("--all-devices", help="Use every device, even where fewer are predicted to be faster.")
+    ] = False
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -138,6 +169,12 @@ class Asked(AskedModel):
         if self.dims is None:
             return None
         return frozenset(d for name in self.dims.split(",") for d in _dimensions(name.strip()))
+
+    def constraints(self) -> "Constraints":
+        """Return ``--pin``, ``--forbid`` and ``--tie``."""
+        from planner.space.constraints import Constraints
+
+        return Constraints.of(self.pin or (), self.forbid or (), self.tie or ())
 
     def memory_limit_bytes(self) -> int | None:
         """Return ``--memory-limit``."""

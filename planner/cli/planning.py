@@ -67,7 +67,7 @@ def compare(
         refuse_unraceable(asked)
     found = compare_with(prepared(asked, terminal))
     runs = raced(found, timed, terminal) if measure else ()
-    rows = tables.rows_of_search(found.rows, found.fits, found.planner.traced.layers.batch)
+    rows = tables.rows_of_search(found.rows, found.fits, found.planner.traced.layers.batch, found.notes)
     if as_json:
         typer.echo(json.dumps(_document(found, rows) | _measurements(runs, timed), indent=2))
     else:
@@ -103,9 +103,10 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
     arguments = asked.arguments()
     asked.input_shapes()  # refuses what cannot be understood, before anything is built
     options = Options(
-        asked.solver, asked.memory_limit_bytes(), asked.precision, asked.optimizer,
-        not asked.local_batch_norm, asked.io, asked.dimensions() or DEFAULT_DIMENSIONS, asked.mesh,
-        asked.time_limit_s(),
+        solver=asked.solver, memory_limit_bytes=asked.memory_limit_bytes(), precision=asked.precision,
+        optimizer=asked.optimizer, sync_batch_norm=not asked.local_batch_norm, io=asked.io,
+        dimensions=asked.dimensions() or DEFAULT_DIMENSIONS, mesh=asked.mesh, time_limit_s=asked.time_limit_s(),
+        constraints=asked.constraints(), parameter_sharding=asked.parameter_sharding, all_devices=asked.all_devices,
     )  # fmt: skip
     machine = machine_of(asked.cluster, asked.devices, asked.precision, asked.profile)
     model = load_model(asked.model, arguments)

@@ -52,7 +52,7 @@ def refuse_unraceable(asked: Asked) -> None:
 
 
 def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced, ...]:
-    """Run the strategies that fit and that the runtime takes, a step of each in turn.
+    """Run the strategies that fit and that the runtime takes, a step of each in turn; one job for each number of ranks.
 
     Raises:
         RunError: a process failed or was not done in time.
@@ -63,8 +63,11 @@ def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced,
     for plan, row, reason in zip(plans, found.rows, reasons, strict=True):
         if not reason:
             first.setdefault(plan.digest, row.solver)
-    running = {plan.digest: plan for plan, reason in zip(plans, reasons, strict=True) if not reason}
-    samples = _run(running, timed, terminal) if running else {}
+    jobs: dict[int, dict[str, Plan]] = {}  # by their number of ranks
+    for plan, reason in zip(plans, reasons, strict=True):
+        if not reason:
+            jobs.setdefault(plan.mesh.size, {})[plan.digest] = plan
+    samples = {digest: steps for job in jobs.values() for digest, steps in _run(job, timed, terminal).items()}
     rows = []
     for plan, row, reason in zip(plans, found.rows, reasons, strict=True):
         same = first.get(plan.digest, row.solver)
@@ -76,13 +79,14 @@ def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced,
 
 def _reason(plan: "Plan", fits: bool) -> str:
     """Return why a plan cannot be run; empty if it can."""
-    from runtime.lower import refuse_space
+    from runtime.lower import refuse_sharding, refuse_space
 
     if not fits:
         limit = format_bytes(plan.search.memory_limit_bytes)
         return f"needs {format_bytes(plan.totals.memory_bytes)} of memory per device, the limit is {limit}"
     try:
         refuse_space(plan)
+        refuse_sharding(plan)
     except LayerwiseError as error:
         return str(error)
     return ""

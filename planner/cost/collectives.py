@@ -50,12 +50,9 @@ def all_reduce_s(router: Router, axes: Axes, num_bytes: float, library: Library 
     The least of ``ring_all_reduce_s`` and, with NCCL, ``tree_all_reduce_s`` and, for every cut of the
     axes, ``hierarchical_all_reduce_s``; with MPI, ``halving_doubling_all_reduce_s``.
     """
-    key = (tuple(sorted(axes)), library or library_of(router.graph))
-    kept = _WAYS.setdefault(router, {})
-    if key not in kept:
-        kept[key] = sorted(_ways(router, *key), key=lambda way: way.trees is not None)
+    kept = _kept_ways(router, axes, library)
     least_s = math.inf
-    for fixed_s, seconds_per_byte, trees, parts in kept[key]:
+    for fixed_s, seconds_per_byte, trees, parts in kept:
         seconds = fixed_s + num_bytes * seconds_per_byte
         if trees and seconds + trees.least_s(num_bytes / parts) < least_s:  # they come last: often in vain
             seconds += trees.seconds(num_bytes / parts)
@@ -63,6 +60,28 @@ def all_reduce_s(router: Router, axes: Axes, num_bytes: float, library: Library 
             continue
         least_s = min(least_s, seconds)
     return least_s
+
+
+def least_all_reduce_rate(router: Router, axes: Axes, most_bytes: float) -> float:
+    """Return seconds per byte that no all-reduce of up to ``most_bytes`` on each rank undercuts.
+
+    What a way costs apart from its bytes counts as for the largest message; that trees send in chunks is left out.
+    """
+
+    def least_s(way: _Way) -> float:
+        linear_s = way.fixed_s + way.seconds_per_byte * most_bytes
+        return linear_s + (way.trees.unchunked_s(most_bytes / way.parts) if way.trees else 0.0)
+
+    return min(least_s(way) for way in _kept_ways(router, axes, None)) / most_bytes
+
+
+def _kept_ways(router: Router, axes: Axes, library: Library | None) -> "list[_Way]":
+    """Return the ways of all groups along these axes, linear ones first; made once for a router."""
+    key = (tuple(sorted(axes)), library or library_of(router.graph))
+    kept = _WAYS.setdefault(router, {})
+    if key not in kept:
+        kept[key] = sorted(_ways(router, *key), key=lambda way: way.trees is not None)
+    return kept[key]
 
 
 class _Way(NamedTuple):
@@ -219,6 +238,14 @@ class _Trees:
     def least_s(self, num_bytes: float) -> float:
         """Return less than ``seconds``."""
         return num_bytes / 2 / self.both.bandwidth_bytes_per_s
+
+    def unchunked_s(self, num_bytes: float) -> float:
+        """Return at most ``seconds``, as a line: all edges busy throughout, and each climb's latency up and down.
+
+        Once for the slowest: it is what ``seconds`` counts beside the chunks.
+        """
+        latencies_s = [path.latency_s for path in self.climbs]
+        return 2 * sum(latencies_s) - max(latencies_s, default=0.0) + self.least_s(num_bytes)
 
     def chunks(self, num_bytes: float) -> int:
         most = max(1, min(MAX_CHUNKS, int(num_bytes)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from planner.cost.sharding import ParameterSharding, shard_bytes
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
 from planner.ir.ops import Conv, ConvTranspose, Linear
@@ -49,6 +50,10 @@ class LayerBytes:
         activations: kept for backward.
         computed: of the operator's result, before partial sums are resolved; its gradient has as many.
         inputs: of the piece of the inputs that it reads; their gradients have as many.
+        updated: of the parameters that this device updates; fewer than ``gradients`` where only the optimizer is
+            sharded.
+        gathered: of the parameters that are held in pieces, whole; their gradients have as many.
+        other_gathered: no less than ``gathered`` of any other layer: of the one that is gathered meanwhile.
     """
 
     parameters: int
@@ -58,6 +63,9 @@ class LayerBytes:
     activations: int
     computed: int
     inputs: int
+    updated: int = 0
+    gathered: int = 0
+    other_gathered: int = 0
 
     @property
     def resident(self) -> int:
@@ -69,13 +77,20 @@ class LayerBytes:
         """Bytes needed while the layer runs.
 
         Inputs, result and the gradients of both; a gradient that is summed over ranks is made beside its
-        place in the bucket.
+        place in the bucket. With sharded parameters, parameters and gradients of this layer, the parameters of the
+        next one and the gradients of the one before.
         """
-        return 2 * self.computed + 2 * self.inputs + self.reduced
+        whole = 2 * self.gathered + 2 * self.other_gathered
+        return 2 * self.computed + 2 * self.inputs + self.reduced + whole
 
 
 def layer_bytes(
-    layer: Layer, layouts: LayerLayouts, dtype: DType, optimizer: Optimizer, carried: Sequence[bool]
+    layer: Layer,
+    layouts: LayerLayouts,
+    dtype: DType,
+    optimizer: Optimizer,
+    carried: Sequence[bool],
+    sharding: ParameterSharding = ParameterSharding.NONE,
 ) -> LayerBytes:
     """Return the bytes of a layer; activations have element type ``dtype``, parameters their own.
 
@@ -90,13 +105,24 @@ def layer_bytes(
         dtype: element type of activations.
         optimizer: decides the state.
         carried: for every parameter whether its bytes count here, or with an earlier layer.
+        sharding: of the parameters whose gradients are summed over ranks; ``other_gathered`` is left 0.
     """
-    weights = gradients = reduced = 0
+    weights = gradients = reduced = updated = gathered = 0
     for parameter, layout, counts in zip(layer.params, layouts.params, carried, strict=True):
-        num_bytes = _elements(layout) * parameter.spec.dtype.item_bytes if counts else 0
-        weights += num_bytes
-        gradients += num_bytes if parameter.trainable else 0
-        reduced += num_bytes if parameter.trainable and layout.axes_with(Whole.SHARED) else 0
+        if not counts:
+            continue
+        held = num_bytes = _elements(layout) * parameter.spec.dtype.item_bytes
+        if parameter.trainable and layout.axes_with(Whole.SHARED):
+            piece = shard_bytes(layout, parameter.spec.dtype.item_bytes)
+            updated += num_bytes if sharding is ParameterSharding.NONE else piece
+            if sharding is ParameterSharding.FULL:
+                gathered, held = gathered + num_bytes, piece
+            else:
+                reduced += num_bytes
+        elif parameter.trainable:
+            updated += num_bytes
+        weights += held
+        gradients += held if parameter.trainable else 0
     item = dtype.item_bytes
     inputs = [_elements(layout) * item for layout in layouts.inputs]
     share = _elements(layouts.output) / max(layer.output.numel, 1) * item / layer.output.dtype.item_bytes
@@ -104,8 +130,8 @@ def layer_bytes(
     if isinstance(layer.op, Conv | ConvTranspose | Linear):
         kept += sum(b for b, layout in zip(inputs, layouts.inputs, strict=True) if _may_be_moved(layer, layout))
     return LayerBytes(
-        weights, gradients, reduced, gradients * STATE_COPIES[optimizer], kept,
-        _elements(layouts.computed) * item, sum(inputs),
+        weights, gradients, reduced, updated * STATE_COPIES[optimizer], kept,
+        _elements(layouts.computed) * item, sum(inputs), updated, gathered,
     )  # fmt: skip
 
 

@@ -1,17 +1,20 @@
 """What every split of every layer costs, and what it costs to hand a tensor from split to split."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost.memory import LayerBytes, Optimizer, layer_bytes, update_passes
-from planner.cost.transfer import FREE, Price, StepPricer
+from planner.cost.sharding import ParameterSharding, largest_gathers, whole_bytes
+from planner.cost.transfer import FREE, Price, Reduction, StepPricer
 from planner.devices.graph import DeviceGraph
+from planner.devices.measured import CollectiveKind
 from planner.devices.route import Router
 from planner.ir.count import gradient_flow
 from planner.ir.graph import Layer, LayerGraph
@@ -30,6 +33,8 @@ _LOCAL_VALUES = attrgetter(*(field.name for field in fields(LocalLayer) if field
 """What two pieces of one layer can differ in."""
 COLLECT_PASSES = 2
 """How often a gradient is read or written on its way into the buffer that is reduced (``runtime.reducer``)."""
+GATHER_PASSES = 4
+"""How often a sharded parameter is read or written in a step on its way out of the buffers of its two gathers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,13 @@ class Settings:
         precision: ``fp32``, ``tf32`` or ``bf16`` (autocast: parameters, gradients, sync in fp32).
         optimizer: decides state and update traffic.
         sync_batch_norm: statistics over the global batch, or over each rank's own piece.
+        parameter_sharding: what is cut over the ranks that synchronise a parameter.
     """
 
     precision: str = "fp32"
     optimizer: Optimizer = Optimizer.MOMENTUM
     sync_batch_norm: bool = True
+    parameter_sharding: ParameterSharding = ParameterSharding.NONE
 
     def activation_dtype(self, dtype: DType) -> DType:
         """Return the element type of an activation that is ``dtype`` in the model."""
@@ -59,8 +66,10 @@ class LayerCost:
         forward_s, backward_s: compute.
         blocking_forward, blocking_backward: communication inside the layer that compute waits for:
             partial sums, batch norm statistics.
-        sync: bytes of gradients to reduce, by the mesh axes they are reduced over.
-        collect_s: copying gradients into the buffers they are reduced in.
+        sync: bytes of gradients to reduce, by the mesh axes they are reduced over. What a sharded parameter is
+            gathered from, and how large it is then, are the same.
+        collect_s: copying gradients into the buffers they are reduced in, and sharded parameters out of those they
+            are gathered in; all in backward.
         update_s: optimizer step.
         memory: bytes.
         source: where the compute times are from.
@@ -153,15 +162,50 @@ class CostModel:
         forward = self.pricer.price(found.computed, found.output, dtype.item_bytes)
         backward = self.pricer.price(found.output.gradient, found.computed.gradient, dtype.item_bytes)
         forward_norm, backward_norm = self._statistics(layer, found.output)
-        memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried)
+        sharding = self.settings.parameter_sharding
+        memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried, sharding)
         sync = _gradient_bytes(layer, found.params, carried)
+        passes = COLLECT_PASSES
+        if sharding is ParameterSharding.FULL:
+            memory, passes = replace(memory, other_gathered=self._other_gathered(layer)), passes + GATHER_PASSES
         return LayerCost(
             time.forward_s, time.backward_s,
             forward + forward_norm, backward + backward_norm,
-            sync, self.profile.roofline.update_s(COLLECT_PASSES * sum(sync.values())),
-            self.profile.roofline.update_s(memory.gradients * update_passes(self.settings.optimizer)),
+            sync, self.profile.roofline.update_s(passes * sum(sync.values())),
+            self.profile.roofline.update_s(memory.updated * update_passes(self.settings.optimizer)),
             memory, time.source,
         )  # fmt: skip
+
+    @functools.cached_property
+    def _largest_gathers(self) -> tuple[int, int]:
+        return largest_gathers(self.graph.layers)
+
+    def _other_gathered(self, layer: Layer) -> int:
+        """Return the most bytes of parameters that any other layer can gather."""
+        first, second = self._largest_gathers
+        return second if whole_bytes(layer) == first else first
+
+    def sync(self, axes: Axes, num_bytes: int) -> Price:
+        """Return what keeping so many bytes of parameters in step over these axes costs, nothing of it hidden.
+
+        The table of ``planner.cost.sharding``: an all-reduce; or a reduce-scatter and an all-gather; or these and
+        one more all-gather.
+        """
+        pricer, sharding = self.pricer, self.settings.parameter_sharding
+        if sharding is ParameterSharding.NONE:
+            return pricer.all_reduce(axes, num_bytes)
+        whole = pricer.reduce_scatter(axes, num_bytes) + pricer.all_gather(axes, num_bytes)
+        return whole if sharding is ParameterSharding.OPTIMIZER else whole + pricer.all_gather(axes, num_bytes)
+
+    def reduction(self, axes: Axes, num_bytes: int) -> Reduction:
+        """Return what reducing so many bytes of gradients over these axes takes behind computation."""
+        is_whole = self.settings.parameter_sharding is ParameterSharding.NONE
+        kind = CollectiveKind.ALL_REDUCE if is_whole else CollectiveKind.REDUCE_SCATTER
+        return self.pricer.reduction(axes, num_bytes, kind)
+
+    def gathering(self, axes: Axes, num_bytes: int) -> Reduction:
+        """Return what gathering so many bytes of sharded parameters over these axes takes behind computation."""
+        return self.pricer.reduction(axes, num_bytes, CollectiveKind.ALL_GATHER)
 
     def _statistics(self, layer: Layer, output: Layout) -> tuple[Price, Price]:
         """Return what batch norm statistics cost.

@@ -10,13 +10,16 @@ A fluid model: whatever runs at the same time shares what it shares evenly, unti
   there: each has half.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from planner.cost.transfer import Reduction
 
 LEAST_SHARE = 0.1
 """Of its speed that computation keeps, however many reductions run behind it."""
+LEAST_LEFT = 1e-12
+"""Share of a reduction below which it has ended: what rounding may leave of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,18 @@ class Event:
 
 
 @dataclass(slots=True)
-class _Running:
+class Running:
+    """A reduction that was posted."""
+
     name: str
     reduction: Reduction
     start_s: float | None = None
     left: float = 1.0
     """Share of it that is still to do."""
+
+
+State = tuple[tuple[tuple[Reduction, float], ...], tuple[Reduction, ...]]
+"""What runs, with the share of it that is still to do, and what waits, in the order of posting."""
 
 
 @dataclass
@@ -51,72 +60,101 @@ class Streams:
     level_names: tuple[str, ...]
     keeps_events: bool
     now_s: float = 0.0
-    _posted: list[_Running] = field(default_factory=list)
-    _running: list[_Running] = field(default_factory=list)
+    _posted: list[Running] = field(default_factory=list)
+    _running: list[Running] = field(default_factory=list)
     _events: list[Event] = field(default_factory=list)
+    _compute_share: float = 1.0
+    """Of its speed that computation has behind what runs."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no reduction runs, and so none waits."""
+        return not self._running
 
     def compute(self, name: str, seconds: float) -> None:
         """Compute for so long, longer where reductions take from it."""
-        self._advance(name, "compute", seconds, _compute_share, lambda r: r.loaded_s)
+        start_s = self.now_s
+        while self._running and seconds > 0:
+            seconds = self._pass(seconds, self._compute_share, [r.reduction.loaded_s for r in self._running])
+        self._end(name, "compute", start_s, seconds)
 
     def transfer(self, name: str, seconds: float, levels: int) -> None:
         """Wait for a transfer that takes so long where nothing else uses its levels."""
+        start_s = self.now_s
+        while self._running and seconds > 0:
+            factors = [2 if r.reduction.levels & levels else 1 for r in self._running]
+            durations_s = [r.reduction.seconds * f for r, f in zip(self._running, factors, strict=True)]
+            seconds = self._pass(seconds, 1 / (1 + factors.count(2)), durations_s)
+        self._end(name, "transfer", start_s, seconds)
 
-        def share(running: list[_Running]) -> float:
-            return 1 / (1 + sum(1 for r in running if r.reduction.levels & levels))
-
-        self._advance(name, "transfer", seconds, share, lambda r: r.seconds * (2 if r.levels & levels else 1))
-
-    def start(self, name: str, reduction: Reduction) -> None:
-        """Post a reduction."""
-        self._posted.append(_Running(name, reduction))
+    def start(self, name: str, reduction: Reduction) -> Running:
+        """Post a reduction; return what ``wait`` takes."""
+        posted = Running(name, reduction)
+        self._posted.append(posted)
         self._admit()
+        return posted
+
+    def wait(self, posted: Running) -> None:
+        """Wait for a reduction that was posted."""
+        while posted.left > LEAST_LEFT:
+            self._pass(math.inf, 1.0, [r.reduction.seconds for r in self._running])
 
     def finish(self) -> None:
         """Wait for all reductions."""
         while self._running:
-            seconds = min(r.left * r.reduction.seconds for r in self._running)
-            self._pass(seconds, lambda r: r.seconds)
+            self._pass(math.inf, 1.0, [r.reduction.seconds for r in self._running])
 
     def events(self) -> tuple[Event, ...]:
         """Return what happened, in order of the start."""
         return tuple(sorted(self._events, key=lambda e: (e.start_s, e.stop_s, e.name)))
 
-    def _advance(
-        self,
-        name: str,
-        stream: str,
-        seconds: float,
-        share: Callable[[list[_Running]], float],
-        duration_s: Callable[[Reduction], float],
-    ) -> None:
-        start_s = self.now_s
-        while self._running and seconds > 0:
-            own = share(self._running)
-            passed_s = min(seconds / own, *(r.left * duration_s(r.reduction) for r in self._running))
-            seconds -= passed_s * own
-            self._pass(passed_s, duration_s)
+    def state(self) -> State:
+        """Return what runs and what waits; it does not depend on when."""
+        return tuple((r.reduction, r.left) for r in self._running), tuple(r.reduction for r in self._posted)
+
+    def resume(self, now_s: float, state: State) -> None:
+        """Go on from a state; events are not known any more."""
+        running, posted = state
+        self.now_s, self.keeps_events = now_s, False
+        self._running = [Running("", reduction, None, left) for reduction, left in running]
+        self._posted = [Running("", reduction) for reduction in posted]
+        self._compute_share = _compute_share(self._running)
+
+    def _end(self, name: str, stream: str, start_s: float, seconds: float) -> None:
+        """Do the rest of something at full speed, with nothing behind it."""
         self.now_s += max(seconds, 0.0)
         if self.keeps_events and self.now_s > start_s:
             self._events.append(Event(name, stream, start_s, self.now_s))
 
-    def _pass(self, seconds: float, duration_s: Callable[[Reduction], float]) -> None:
-        """Let time pass for the device and all running reductions."""
-        self.now_s += seconds
+    def _pass(self, seconds: float, share: float, durations_s: Sequence[float]) -> float:
+        """Let time pass until so much work is done, at a share of its speed, or a reduction ends.
+
+        Args:
+            seconds: of work at full speed.
+            share: that it has.
+            durations_s: of every running reduction, whole, meanwhile.
+
+        Returns:
+            The seconds of work that are left.
+        """
+        passed_s = seconds / share
+        for running, whole_s in zip(self._running, durations_s, strict=True):
+            passed_s = min(passed_s, running.left * whole_s)
+        self.now_s += passed_s
         ended = False
-        for running in self._running:
-            whole_s = duration_s(running.reduction)
-            running.left = running.left - seconds / whole_s if whole_s else 0.0
-            if running.left <= 1e-12:
+        for running, whole_s in zip(self._running, durations_s, strict=True):
+            running.left = running.left - passed_s / whole_s if whole_s else 0.0
+            if running.left <= LEAST_LEFT:
                 ended = True
                 if self.keeps_events:
                     assert running.start_s is not None
                     self._events.append(Event(running.name, self._stream(running), running.start_s, self.now_s))
         if ended:
-            self._running = [r for r in self._running if r.left > 1e-12]
+            self._running = [r for r in self._running if r.left > LEAST_LEFT]
             self._admit()
+        return seconds - passed_s * share
 
-    def _stream(self, running: _Running) -> str:
+    def _stream(self, running: Running) -> str:
         used = [name for i, name in enumerate(self.level_names) if running.reduction.levels >> i & 1]
         return f"sync {'+'.join(used)}"
 
@@ -134,8 +172,9 @@ class Streams:
                 self._running.append(posted)
             busy |= posted.reduction.levels
         self._posted = waiting
+        self._compute_share = _compute_share(self._running)
 
 
-def _compute_share(running: list[_Running]) -> float:
+def _compute_share(running: Sequence[Running]) -> float:
     lost = sum(r.reduction.lost_s / r.reduction.loaded_s for r in running if r.reduction.loaded_s)
     return max(1 - lost, LEAST_SHARE)

@@ -7,6 +7,9 @@ The walk never exceeds sum(resident) + max(transient), the bound of ``planner.co
 Not counted: workspaces of kernels, what an optimizer makes for an update beside its state, and a result
 that autograd does not keep, or its gradient, while it waits for a later reader (around a residual
 branch) longer than the layers in between run.
+
+Of sharded parameters a layer's own and those of the next one to run are whole, and in backward the gradients of
+its own and of the one that ran before (``planner.cost.sharding``).
 """
 
 import functools
@@ -36,7 +39,7 @@ class Moment:
         state: of the optimizer.
         gradients: of parameters; those that are summed over ranks live in buckets and are never freed.
         activations: kept for backward.
-        working: inputs, results and their gradients beside these.
+        working: inputs, results and their gradients beside these; parameters and gradients that are whole for a while.
     """
 
     name: str
@@ -85,14 +88,28 @@ def _moments(names: Sequence[str], layers: Sequence[LayerBytes]) -> Iterator[Mom
     parameters, state = sum(m.parameters for m in layers), sum(m.state for m in layers)
     gradients = sum(m.reduced for m in layers)
     kept = 0
-    for name, m in zip(names, layers, strict=True):
+    sharded = [m.gathered for m in layers]
+    before, after = _nearest(sharded), _nearest(sharded[::-1])[::-1]
+    for j, (name, m) in enumerate(zip(names, layers, strict=True)):
         kept += m.activations
         made = max(m.computed + m.inputs - m.activations, 0)  # mostly, what it makes is what autograd keeps
+        made += m.gathered + after[j]
         yield Moment(name, Phase.FORWARD, parameters, state, gradients, kept, made)
-    for name, m in zip(reversed(names), reversed(layers), strict=True):
+    for j in range(len(layers) - 1, -1, -1):
+        name, m = names[j], layers[j]
         gradients += m.gradients - m.reduced
         # the gradient that came, and the next one: of an absorbed operator's input, or of the layer's
         working = m.computed + max(m.computed, m.inputs) + m.reduced
+        working += before[j] + 2 * m.gathered + after[j]
         yield Moment(name, Phase.BACKWARD, parameters, state, gradients, kept, working)
         kept -= m.activations
     yield Moment("optimizer", Phase.UPDATE, parameters, state, gradients, kept, 0)
+
+
+def _nearest(sharded: Sequence[int]) -> list[int]:
+    """Return for every position the last one before it that is not 0; 0 where there is none."""
+    found, last = [], 0
+    for num_bytes in sharded:
+        found.append(last)
+        last = num_bytes or last
+    return found

@@ -3,15 +3,17 @@
 What the runtime blocks on, blocks here: transfers between layers, partial sums, batch norm
 statistics. Gradient reductions are collected in the runtime's buckets and run behind the rest of
 backward (``planner.cost.overlap``). The optimizer starts when backward and all reductions have
-ended.
+ended. What sharded parameters add says ``planner.cost.sharding``.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.cost.model import Axes
-from planner.cost.overlap import Event, Streams
+from planner.cost.overlap import Event, Running, Streams
 from planner.cost.peak import StepMemory, step_memory
+from planner.cost.sharding import ParameterSharding
 from planner.cost.table import CostTable
 from planner.ir.bucket import fill_buckets
 from planner.profile.table import Source
@@ -86,11 +88,15 @@ class _Simulation:
             self._in_levels[j] |= int(edge.backward_levels[pair])
         self._streams = Streams(tuple(level.name for level in table.model.machine.levels), keeps_events)
         self._sync_s = [0.0] * count
+        self._sharding = table.model.settings.parameter_sharding
+        self._gathered: list[Running] = []
 
     def run(self, bucket_bytes: int) -> float:
         """Go through the step; return its length."""
         streams = self._streams
+        forward = self._gathering(range(len(self._costs)))
         for name, cost, transfer_s in zip(self._names, self._costs, self._in_forward, strict=True):
+            next(forward, None)
             if transfer_s:  # most transfers are none, and a step is simulated hundreds of times
                 streams.transfer(f"{name} input", transfer_s, 0)
             streams.compute(f"{name} forward", cost.forward_s)
@@ -99,19 +105,63 @@ class _Simulation:
         self._backward(bucket_bytes)
         streams.finish()
         streams.compute("optimizer", sum(cost.update_s for cost in self._costs))
+        if self._sharding is ParameterSharding.OPTIMIZER:
+            self._gather_updated()
         return streams.now_s
+
+    def _gathering(self, order: range) -> Iterator[None]:
+        """Go through layers; at each sharded one wait for its parameters and start to gather those of the next.
+
+        Yields at every layer, with its parameters there; at none where nothing is sharded.
+        """
+        if self._sharding is not ParameterSharding.FULL:
+            return
+        sharded = [j for j in order if self._costs[j].sync]
+        after = dict(itertools.pairwise(sharded))
+        if sharded:
+            self._gather(sharded[0])
+        for j in order:
+            if self._costs[j].sync:
+                for gathered in self._gathered:
+                    self._streams.wait(gathered)
+                if j in after:
+                    self._gather(after[j])
+            yield
+
+    def _gather(self, j: int) -> None:
+        """Start to gather the parameters of a layer."""
+        found = [(axes, self._table.model.gathering(axes, b)) for axes, b in sorted(self._costs[j].sync.items())]
+        self._gathered = [self._streams.start(f"gather {self._names[j]}", gather) for _, gather in found]
+        self._sync_s[j] += sum(gather.seconds for _, gather in found)
+
+    def _gather_updated(self) -> None:
+        """Wait for the parameters that other ranks updated, one message for each group of ranks."""
+        held: dict[Axes, dict[int, int]] = {}
+        for j, cost in enumerate(self._costs):
+            for axes, num_bytes in cost.sync.items():
+                held.setdefault(axes, {})[j] = num_bytes
+        for axes, members in sorted(held.items()):
+            total = sum(members.values())
+            gather = self._table.model.pricer.all_gather(axes, total)
+            self._streams.transfer("gather parameters", gather.seconds, gather.levels)
+            for j, num_bytes in members.items():
+                self._sync_s[j] += gather.seconds * num_bytes / total
 
     def _backward(self, bucket_bytes: int) -> None:
         """Run backward; start each bucket's reduction when its last gradient is there."""
-        streams, buckets = self._streams, self._buckets(bucket_bytes)
-        for j in range(len(self._costs) - 1, -1, -1):
+        layer_by_layer = self._sharding is ParameterSharding.FULL
+        streams, buckets = self._streams, self._buckets(1 if layer_by_layer else bucket_bytes)
+        order = range(len(self._costs) - 1, -1, -1)
+        backward = self._gathering(order)
+        for j in order:
+            next(backward, None)
             name, cost = self._names[j], self._costs[j]
             sums = cost.blocking_backward
             if sums.seconds:
                 streams.transfer(f"{name} sums backward", sums.seconds, sums.levels)
             streams.compute(f"{name} backward", cost.backward_s + cost.collect_s)
             for axes, num_bytes in buckets.get(j, ()):
-                streams.start(f"sync {name}", self._table.model.pricer.reduction(axes, num_bytes))
+                streams.start(f"sync {name}", self._table.model.reduction(axes, num_bytes))
             if self._in_backward[j]:
                 streams.transfer(f"{name} input backward", self._in_backward[j], self._in_levels[j])
 
@@ -125,7 +175,7 @@ class _Simulation:
             num_bytes = sum(member[2] for member in members)
             found.setdefault(members[-1][0], []).append((bucket.key, num_bytes))
             if self._keeps_events:
-                seconds = self._table.model.pricer.reduction(bucket.key, num_bytes).seconds
+                seconds = self._table.model.reduction(bucket.key, num_bytes).seconds
                 for j, _, part in members:
                     self._sync_s[j] += seconds * part / num_bytes
         return found
@@ -150,7 +200,7 @@ class _Simulation:
         )  # fmt: skip
         sent = sum(self._in_bytes) + sum(
             c.blocking_forward.num_bytes + c.blocking_backward.num_bytes
-            + sum(self._table.model.pricer.all_reduce(axes, b).num_bytes for axes, b in c.sync.items())
+            + sum(self._table.model.sync(axes, b).num_bytes for axes, b in c.sync.items())
             for c in costs
         )  # fmt: skip
         return Timeline(

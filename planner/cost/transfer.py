@@ -9,6 +9,7 @@ from planner.cost.collectives import (
     all_gather_s,
     all_reduce_s,
     exchange_s,
+    least_all_reduce_rate,
     reduce_scatter_s,
 )
 from planner.cost.moves import frame, moves, used_rank
@@ -76,12 +77,14 @@ class StepPricer:
     _prices: dict[tuple[Layout, Layout, int], Price] = field(default_factory=dict)
     _times: dict[tuple[CollectiveKind, tuple[int, ...], int], float] = field(default_factory=dict)
     _measured: dict[tuple[CollectiveKind, tuple[int, ...]], MeasuredCollective | None] = field(default_factory=dict)
+    _least_rates: dict[tuple[tuple[int, ...], float], float] = field(default_factory=dict)
 
     @functools.cached_property
     def _level_bits(self) -> tuple[int, ...]:
-        """For every mesh axis the bit of its level: ``gpu1`` is a factor of level ``gpu``."""
+        """For every mesh axis the bits of its levels: ``gpu1`` is a factor of level ``gpu``, ``leaf+node`` are two."""
         names = [level.name for level in self.router.graph.levels]
-        return tuple(1 << names.index(axis.name.rstrip("0123456789")) for axis in self.router.mesh.axes)
+        parts = (axis.name.rstrip("0123456789").split("+") for axis in self.router.mesh.axes)
+        return tuple(sum(1 << names.index(name) for name in own) for own in parts)
 
     def price(self, source: Layout, target: Layout, item_bytes: int) -> Price:
         """Return the price of turning one layout into another, for elements of so many bytes."""
@@ -100,14 +103,32 @@ class StepPricer:
         """Return the price of an all-reduce of a buffer of so many bytes on each rank."""
         return self._collective(CollectiveKind.ALL_REDUCE, axes, num_bytes, 2 * self._others(axes) * num_bytes)
 
-    def reduction(self, axes: tuple[int, ...], num_bytes: int) -> Reduction:
-        """Return what an all-reduce behind computation takes; not slower, and at no cost to it, where unmeasured."""
-        seconds, levels = self._seconds(CollectiveKind.ALL_REDUCE, axes, num_bytes), self.levels(axes)
-        measured = self._of_levels(CollectiveKind.ALL_REDUCE, levels)
+    def reduction(
+        self, axes: tuple[int, ...], num_bytes: int, kind: CollectiveKind = CollectiveKind.ALL_REDUCE
+    ) -> Reduction:
+        """Return what a collective behind computation takes; not slower, and at no cost to it, where unmeasured."""
+        seconds, levels = self._seconds(kind, axes, num_bytes), self.levels(axes)
+        measured = self._of_levels(kind, levels)
         if measured is None:
             return Reduction(seconds, seconds, 0.0, levels)
         scale = seconds / measured.seconds(num_bytes)  # 1 for whole levels; their factors suffer in proportion
         return Reduction(seconds, scale * measured.loaded_s(num_bytes), scale * measured.lost_s(num_bytes), levels)
+
+    def least_reduction_s(self, axes: tuple[int, ...], num_bytes: float, most_bytes: float) -> float:
+        """Return what reducing so many bytes takes at least, in messages of up to ``most_bytes`` together with others.
+
+        A message's seconds per byte are least where it is longest or, measured, at a measured size: between two of
+        those its time is a line.
+        """
+        key = axes, most_bytes
+        if key not in self._least_rates:
+            measured = self.measured(CollectiveKind.ALL_REDUCE, axes)
+            if measured is None:
+                self._least_rates[key] = least_all_reduce_rate(self.router, axes, most_bytes)
+            else:
+                sizes = [most_bytes, *(p.num_bytes for p in measured.points if 0 < p.num_bytes < most_bytes)]
+                self._least_rates[key] = min(measured.seconds(size) / size for size in sizes)
+        return num_bytes * self._least_rates[key]
 
     def all_gather(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an all-gather whose result has so many bytes on each rank."""
@@ -141,7 +162,10 @@ class StepPricer:
 
     def levels(self, axes: tuple[int, ...]) -> int:
         """Return the levels of the machine that groups along these axes span, as a set of bits."""
-        return sum({self._level_bits[a] for a in axes})
+        found = 0
+        for axis in axes:
+            found |= self._level_bits[axis]
+        return found
 
     def measured(self, kind: CollectiveKind, axes: tuple[int, ...]) -> MeasuredCollective | None:
         """Return the measurements of a collective along these axes: they must be whole levels of the machine."""

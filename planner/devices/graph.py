@@ -13,12 +13,12 @@ from networkx import Graph
 
 from planner.devices.measured import MeasuredCollective
 from planner.devices.paths import Paths, weight_of
+from planner.devices.shapes import MAX_FACTORS, Shape, factored, merges
 from planner.errors import FormatError, UnknownNameError, UsageError
 from planner.ir.canonical import sha256_of
 from planner.ir.mesh import Mesh, MeshAxis
 
 PRECISIONS: Final = ("fp32", "tf32", "bf16")
-MAX_FACTORS: Final = 3  # of one level; a layer splits at most sample, one more and a channel there
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class DeviceGraph:
 
     def mesh(self) -> Mesh:
         """Return the mesh with the whole levels as axes."""
-        return self._mesh([(level.size,) for level in self.levels])
+        return self.mesh_of([(level.size,) for level in self.levels])
 
     def meshes(self) -> tuple[Mesh, ...]:
         """Return all meshes that cut each level into at most 3 ordered factors.
@@ -123,23 +123,40 @@ class DeviceGraph:
         The whole levels come first, then meshes with more axes; equal numbers of axes in
         ascending order of the factors of the outermost level.
         """
-        choices = itertools.product(*(_factorings(level.size) for level in self.levels))
-        meshes = (self._mesh(factors) for factors in choices)
-        return tuple(sorted(meshes, key=lambda mesh: len(mesh.axes)))
+        return tuple(map(self.mesh_of, factored([level.size for level in self.levels])))
+
+    def whole_meshes(self, counts: Sequence[int], max_axes: int) -> tuple[Mesh, ...]:
+        """Return the meshes over the first ``counts`` of each level that cut no level, with at most so many axes.
+
+        Where a machine has more levels than that, neighbouring ones are one axis together, in all ways.
+        """
+        whole: Shape = tuple((count,) for count in counts)
+        return tuple(self.mesh_of(whole, runs) for runs in merges(counts, max_axes))
 
     def parse_mesh(self, text: str) -> Mesh:
         """Return the mesh of a text such as ``node=8,gpu=4x2``.
 
+        It may name fewer devices of a level than there are. Neighbouring levels that are one axis are written with a
+        plus sign, as in ``leaf+node=8``, and used whole.
+
         Raises:
             UsageError: not of that form, or it does not fit the levels of this machine.
         """
-        factors = dict(self._parse_level(text, part) for part in text.split(","))
-        if len(factors) != text.count(",") + 1:
-            raise UsageError(f"mesh {text!r} names a level twice")
+        parts = [self._parse_level(text, part) for part in text.split(",")]
+        runs = self._runs(text, [names for names, _ in parts])
+        factors = {name: own for names, own in parts for name in names}
+        given = set(factors)
+        for names, own in parts:
+            if len(names) > 1:
+                sizes = {level.name: level.size for level in self.levels if level.name in names}
+                if own != (total := math.prod(sizes.values()),):
+                    raise UsageError(f"mesh {text!r}: levels that are one axis are used whole, {total} parts")
+                factors |= {name: (size,) for name, size in sizes.items()}
         for level in self.levels:
             chosen = factors.setdefault(level.name, (1,))
             written = "x".join(map(str, chosen))
-            if math.prod(chosen) != level.size:
+            is_fewer = level.name in given and 1 <= math.prod(chosen) < level.size
+            if math.prod(chosen) != level.size and not is_fewer:
                 raise UsageError(
                     f"mesh {text!r}: {self.name} has {level.name}={level.size}, "
                     f"not {written} = {math.prod(chosen)}; write {self._whole} or factors of it"
@@ -148,47 +165,100 @@ class DeviceGraph:
                 raise UsageError(
                     f"mesh {text!r}: {level.name}={written} must have at most {MAX_FACTORS} factors, each at least 2"
                 )
-        return self._mesh([factors[level.name] for level in self.levels])
+        return self.mesh_of([factors[level.name] for level in self.levels], runs)
 
-    def _parse_level(self, text: str, part: str) -> tuple[str, tuple[int, ...]]:
-        match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,9}(?:x[0-9]{1,9})*)\s*", part)
+    def _parse_level(self, text: str, part: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        match = re.fullmatch(r"\s*([a-z]+(?:\+[a-z]+)*)=([0-9]{1,9}(?:x[0-9]{1,9})*)\s*", part)
         if match is None:
             raise UsageError(f"mesh {text!r}: {part!r} is not a level and its factors, as in {self._whole}")
+        known, names = [level.name for level in self.levels], tuple(match[1].split("+"))
+        for name in names:
+            if name not in known:
+                raise UnknownNameError("mesh level", name, known, f"{self.name} is {self._whole}.")
+        return names, tuple(map(int, match[2].split("x")))
+
+    def _runs(self, text: str, parts: Sequence[tuple[str, ...]]) -> list[int]:
+        """Return how many levels each axis joins, from the levels that are written as one."""
         known = [level.name for level in self.levels]
-        if match[1] not in known:
-            raise UnknownNameError("mesh level", match[1], known, f"{self.name} is {self._whole}.")
-        return match[1], tuple(map(int, match[2].split("x")))
+        written = [name for names in parts for name in names]
+        if len(set(written)) != len(written):
+            raise UsageError(f"mesh {text!r} names a level twice")
+        runs, at = [], 0
+        joined = {names[0]: names for names in parts if len(names) > 1}
+        for names in joined.values():
+            first = known.index(names[0])
+            if list(names) != known[first : first + len(names)]:
+                raise UsageError(f"mesh {text!r}: {'+'.join(names)} are not neighbours in {self._whole}")
+        while at < len(known):
+            names = joined.get(known[at], (known[at],))
+            runs.append(len(names))
+            at += len(names)
+        return runs
 
     @property
     def _whole(self) -> str:
         return ",".join(f"{level.name}={level.size}" for level in self.levels)
 
-    def _mesh(self, factors: Sequence[tuple[int, ...]]) -> Mesh:
-        axes = tuple(
-            MeshAxis(level.name if len(sizes) == 1 else f"{level.name}{index}", size)
-            for level, sizes in zip(self.levels, factors, strict=True)
-            for index, size in enumerate(sizes)
-            if level.size > 1
-        )
-        return Mesh(axes, self._ranks)
+    def mesh_of(self, shape: Sequence[tuple[int, ...]], runs: Sequence[int] | None = None) -> Mesh:
+        """Return the mesh of a shape; its ranks are positions of devices.
+
+        Args:
+            shape: for every level the factors of the devices that are used of it, see ``planner.devices.shapes``.
+            runs: how many neighbouring levels make each axis together; those that do are not cut.
+        """
+        counts = [math.prod(factors) for factors in shape]
+        axes: list[MeshAxis] = []
+        start = 0
+        for run in runs or [1] * len(self.levels):
+            used = [i for i in range(start, start + run) if counts[i] > 1]
+            start += run
+            if len(used) > 1:
+                axes.append(MeshAxis("+".join(self.levels[i].name for i in used), math.prod(counts[i] for i in used)))
+            for i in used if len(used) == 1 else ():
+                name, factors = self.levels[i].name, shape[i]
+                names = [name] if len(factors) == 1 else [f"{name}{index}" for index in range(len(factors))]
+                axes += map(MeshAxis, names, factors)
+        return Mesh(tuple(axes), self._ranks(counts))
+
+    def shape_of(self, axes: Sequence[MeshAxis]) -> tuple[Shape, list[int]] | None:
+        """Return the shape with these axes, and the levels that each joins; None where this machine has none.
+
+        The inverse of ``mesh_of``: axes are found by their names.
+        """
+        for joined in dict.fromkeys(axis.name for axis in axes if "+" in axis.name):
+            sizes = [level.size for level in self.levels if level.name in joined.split("+")]
+            if math.prod(sizes) != next(axis.size for axis in axes if axis.name == joined):
+                return None  # which part of each level is used does not show
+        factors: dict[str, tuple[int, ...]] = {}
+        for axis in axes:
+            for name in axis.name.rstrip("0123456789").split("+"):
+                own = axis.size if "+" not in axis.name else next((x.size for x in self.levels if x.name == name), 0)
+                factors[name] = (*factors.get(name, ()), own)
+        shape = tuple(factors.pop(level.name, (1,)) for level in self.levels)
+        if factors or any(math.prod(own) > level.size for own, level in zip(shape, self.levels, strict=True)):
+            return None
+        names = [level.name for level in self.levels]
+        runs = [1] * len(names)
+        for axis in axes:
+            parts = axis.name.split("+")
+            first = names.index(parts[0].rstrip("0123456789"))
+            last = names.index(parts[-1].rstrip("0123456789"))
+            runs[first : last + 1] = [last - first + 1, *[0] * (last - first)]
+        found = shape, [run for run in runs if run]
+        return found if self.mesh_of(*found).axes == tuple(axes) else None
+
+    def _ranks(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Return the positions of the devices that are among the first of every level."""
+        if counts == [level.size for level in self.levels]:
+            return self._all_ranks
+        ranks = [0]
+        for level, count in zip(self.levels, counts, strict=True):
+            ranks = [rank * level.size + i for rank in ranks for i in range(count)]
+        return tuple(ranks)
 
     @cached_property
-    def _ranks(self) -> tuple[int, ...]:
+    def _all_ranks(self) -> tuple[int, ...]:
         return tuple(range(len(self.devices)))
-
-
-def _factorings(size: int) -> list[tuple[int, ...]]:
-    """Return the ordered factorings of a level, fewest factors first, then ascending."""
-
-    def into(parts: int, rest: int) -> Iterator[tuple[int, ...]]:
-        if parts == 1:
-            yield (rest,)
-            return
-        for factor in range(2, rest // 2 + 1):
-            if rest % factor == 0:
-                yield from ((factor, *others) for others in into(parts - 1, rest // factor))
-
-    return [factors for parts in range(1, MAX_FACTORS + 1) for factors in into(parts, size)]
 
 
 def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from planner.errors import UnknownNameError
 from planner.models.alexnet import HYPAR, ONE_WEIRD_TRICK, alexnet
 from planner.models.digits import digits_alexnet, digits_cnn
+from planner.models.hypar import cifar_c, lenet_c, sconv, sfc
 from planner.models.lenet import lenet5
 from planner.models.resnet import BasicBlock, Bottleneck, cifar_resnet, imagenet_resnet
 from planner.models.unet import unet
@@ -43,6 +44,7 @@ class ModelEntry:
 _IMAGENET: Final = (3, 224, 224)
 _CIFAR: Final = (3, 32, 32)
 _MNIST: Final = (1, 32, 32)  # 28 x 28, padded
+_MNIST_AS_IT_IS: Final = (1, 28, 28)
 _DIGITS: Final = (1, 8, 8)
 _MICROSCOPY: Final = (1, 512, 512)  # the ISBI cell images
 
@@ -66,11 +68,15 @@ def _entries() -> Iterator[ModelEntry]:
     yield ModelEntry("alexnet", alexnet, _IMAGENET, "alexnet", f"{_OWT14}, as in torchvision")
     yield ModelEntry("alexnet-hypar", alexnet_hypar, _IMAGENET, "alexnet", _HYPAR19)
     yield ModelEntry("alexnet-owt", alexnet_owt, _IMAGENET, "alexnet", _OWT14)
+    yield ModelEntry("cifar-c", cifar_c, _CIFAR, "hypar", _HYPAR19)
     yield ModelEntry("digits-alexnet", digits_alexnet, _DIGITS, "digits", _OURS)
     yield ModelEntry("digits-cnn", digits_cnn, _DIGITS, "digits", _OURS)
+    yield ModelEntry("lenet-c", lenet_c, _MNIST_AS_IT_IS, "hypar", _HYPAR19)
     yield ModelEntry("lenet5", lenet5, _MNIST, "lenet", _LENET98)
     yield ModelEntry("resnet18", resnet18, _IMAGENET, "resnet", _RESNET16)
     yield ModelEntry("resnet50", resnet50, _IMAGENET, "resnet", _RESNET16)
+    yield ModelEntry("sconv", sconv, _MNIST_AS_IT_IS, "hypar", _HYPAR19)
+    yield ModelEntry("sfc", sfc, _MNIST_AS_IT_IS, "hypar", _HYPAR19)
     for depth in (20, 56, 110):
         build = partial(cifar_resnet, depth)
         yield ModelEntry(f"resnet{depth}", build, _CIFAR, "resnet", _RESNET16)

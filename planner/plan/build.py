@@ -13,6 +13,7 @@ from planner.plan.schema import (
     AxisPart,
     BaselinePart,
     ClusterPart,
+    ConstraintPart,
     CostPart,
     InputTensor,
     LayerPart,
@@ -38,6 +39,7 @@ class Found:
         bucket_bytes: of the gradient reductions.
         timeline: the simulated step.
         num_replaced: layers where a fixed strategy's dimension is illegal.
+        note: why a fixed strategy could not have been planned.
     """
 
     solver: str
@@ -48,23 +50,26 @@ class Found:
     bucket_bytes: int
     timeline: Timeline
     num_replaced: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the plan was asked for, as far as the table does not know it."""
+    """What the plan was asked for, as far as the table does not know it; constraints as pairs of kind and text."""
 
     source: str
     arguments: Mapping[str, str | int | float | bool]
     inputs: Sequence[InputTensor]
     memory_limit_bytes: int
     command: str
+    constraints: Sequence[tuple[str, str]] = ()
 
 
 def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], request: Request) -> Plan:
     """Return the plan of a strategy."""
     space, model = table.space, table.model
     graph, mesh, timeline = space.graph, space.mesh, found.timeline
+    is_part = mesh.size < len(model.machine.devices)
     strategy = table.strategy(found.choice)
     costs = [layer[c] for layer, c in zip(table.layers, found.choice, strict=True)]
     layers = [
@@ -94,7 +99,11 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
         ),
         schedule=SchedulePart(),
         stages=[StagePart(
-            mesh=MeshPart(axes=[AxisPart(name=a.name, size=a.size) for a in mesh.axes], ranks=list(mesh.ranks)),
+            mesh=MeshPart(
+                axes=[AxisPart(name=a.name, size=a.size) for a in mesh.axes], ranks=list(range(mesh.size)),
+            ),
+            devices=[model.machine.devices[rank].id for rank in mesh.ranks] if is_part else [],
+            parameter_sharding=model.settings.parameter_sharding.value,
             layers=layers,
         )],
         totals=TotalsPart(
@@ -108,7 +117,7 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
             BaselinePart(
                 name=b.solver, step_s=b.timeline.step_s, exposed_s=b.timeline.exposed_s,
                 communication_bytes=b.timeline.communication_bytes,
-                memory_bytes=b.timeline.memory_bytes, num_replaced=b.num_replaced,
+                memory_bytes=b.timeline.memory_bytes, num_replaced=b.num_replaced, note=b.note,
             )
             for b in baselines
         ],
@@ -116,6 +125,7 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
             solver=found.solver, status=found.status,  # type: ignore[arg-type]  # checked by pydantic
             lower_bound_s=found.lower_bound_s, gap=found.gap,
             num_strategies=f"{space.num_strategies:.3g}", memory_limit_bytes=request.memory_limit_bytes,
+            constraints=[ConstraintPart.model_validate({"kind": k, "text": t}) for k, t in request.constraints],
         ),
         provenance=ProvenancePart(
             profile_sha256=model.profile.digest, versions=versions(), command=request.command,

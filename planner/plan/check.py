@@ -55,6 +55,8 @@ def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:
                 f"$.stages[{s}].mesh",
                 f"has {mesh.size} ranks, the cluster {plan.cluster.num_devices} devices",
             )
+        if stage.devices and len(set(stage.devices)) != mesh.size:
+            yield f"$.stages[{s}].devices", f"are {len(set(stage.devices))} different ones, not one for each rank"
         axes = [axis.name for axis in mesh.axes]
         seen: set[str] = set()
         for k, layer in enumerate(stage.layers):

@@ -106,10 +106,15 @@ class LayerPart(StrictModel):
 
 
 class StagePart(StrictModel):
-    """Layers that run on one mesh."""
+    """Layers that run on one mesh.
+
+    ``devices``: of the cluster, in the order of the ranks, where not all of it is used; else empty.
+    ``parameter_sharding``: what of the parameters is cut over the ranks that synchronise them.
+    """
 
     mesh: MeshPart
-    parameter_sharding: Literal["none"] = "none"
+    devices: Annotated[list[Name], Field(max_length=MAX_RANKS)] = Field(default_factory=list)
+    parameter_sharding: Literal["none", "optimizer", "full"] = "none"
     layers: Annotated[list[LayerPart], Field(min_length=1, max_length=200_000)]
 
     def strategy(self) -> dict[LayerId, Split]:
@@ -143,7 +148,11 @@ class TotalsPart(StrictModel):
 
 
 class BaselinePart(StrictModel):
-    """A fixed strategy on the same problem; ``num_replaced`` layers could not follow its rule."""
+    """A fixed strategy on the same problem.
+
+    ``num_replaced`` layers could not follow its rule; ``note`` says why it could not have been planned, as it needs
+    what was not allowed, and is empty where it could.
+    """
 
     name: Name
     step_s: StepSeconds
@@ -151,6 +160,14 @@ class BaselinePart(StrictModel):
     communication_bytes: Annotated[float, Field(ge=0)]
     memory_bytes: Bytes
     num_replaced: Annotated[int, Field(ge=0)]
+    note: str = ""
+
+
+class ConstraintPart(StrictModel):
+    """What the user fixed beforehand, as written after ``--pin``, ``--forbid`` or ``--tie``."""
+
+    kind: Literal["pin", "forbid", "tie"]
+    text: Name
 
 
 class SearchPart(StrictModel):
@@ -162,6 +179,7 @@ class SearchPart(StrictModel):
     gap: Annotated[float, Field(ge=0, le=1)]
     num_strategies: Name
     memory_limit_bytes: Bytes
+    constraints: list[ConstraintPart] = Field(default_factory=list)
 
 
 class ProvenancePart(StrictModel):
@@ -249,7 +267,8 @@ class Plan(StrictModel):
             "model", "batch", "precision", "io", "sync_batch_norm", "bucket_bytes", "schedule"})  # fmt: skip
         splits = [[layer.id, layer.split] for stage in self.stages for layer in stage.layers]
         meshes = [stage.mesh.model_dump(mode="json") for stage in self.stages]
-        return sha256_of([decisions, splits, meshes])
+        sharding = [stage.parameter_sharding for stage in self.stages if stage.parameter_sharding != "none"]
+        return sha256_of([decisions, splits, meshes, *sharding])
 
 
 def json_schema() -> str:

@@ -48,6 +48,7 @@ class StrategyRow:
         num_replaced: layers that could not follow the rule of a fixed strategy.
         fits: obeys the memory limit.
         is_planned: the strategy that was asked for, to be held against the fixed ones.
+        note: why a fixed strategy could not have been planned; empty where it could.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StrategyRow:
     num_replaced: int
     fits: bool
     is_planned: bool
+    note: str = ""
 
 
 def rows_of_plan(plan: Plan) -> tuple[StrategyRow, ...]:
@@ -71,7 +73,7 @@ def rows_of_plan(plan: Plan) -> tuple[StrategyRow, ...]:
         StrategyRow(
             b.name, b.step_s, plan.batch / b.step_s, _ratio(data_s, b.step_s),
             b.communication_bytes, b.exposed_s, b.memory_bytes, b.num_replaced, b.memory_bytes <= limit,
-            is_planned=False,
+            is_planned=False, note=b.note,
         )
         for b in plan.baselines
     )  # fmt: skip
@@ -85,15 +87,20 @@ def rows_of_plan(plan: Plan) -> tuple[StrategyRow, ...]:
     return (*fixed, planned)
 
 
-def rows_of_search(found: Sequence["Planned"], fits: Sequence[bool], batch: int) -> tuple[StrategyRow, ...]:
+def rows_of_search(
+    found: Sequence["Planned"], fits: Sequence[bool], batch: int, notes: Sequence[str] = ()
+) -> tuple[StrategyRow, ...]:
     """Return the strategies of a comparison; the planned one is the last."""
     data_s = next((row.timeline.step_s for row in found[:-1] if row.solver == "data"), None)
     return tuple(
         StrategyRow(
             row.solver, t.step_s, batch / t.step_s, _ratio(data_s, t.step_s), t.communication_bytes,
-            t.exposed_s, t.memory_bytes, row.num_replaced, ok, row is found[-1],
+            t.exposed_s, t.memory_bytes, row.num_replaced, ok, row is found[-1], note,
         )
-        for row, ok, t in ((row, ok, row.timeline) for row, ok in zip(found, fits, strict=True))
+        for row, ok, t, note in (
+            (row, ok, row.timeline, note)
+            for row, ok, note in zip(found, fits, notes or [""] * len(found), strict=True)
+        )
     )  # fmt: skip
 
 
@@ -109,6 +116,7 @@ def strategies(rows: Sequence[StrategyRow]) -> Table:
         "memory": [format_bytes(r.memory_bytes) for r in rows],
         "replaced": [f"{r.num_replaced}" for r in rows],
         "fits": ["yes" if r.fits else "no" for r in rows],
+        "allowed": ["no" if r.note else "yes" for r in rows],
     }
     emphasis = next((i for i, row in enumerate(rows) if row.is_planned), None)
     cells = tuple(zip(*columns.values(), strict=True))
@@ -122,12 +130,16 @@ def summary(plan: Plan) -> Table:
     samples = "each rank its own samples" if plan.io == "per-rank" else "every rank the whole batch"
     limit = plan.search.memory_limit_bytes
     norm = "" if plan.sync_batch_norm else ", batch norm of each rank's own samples"
+    sharding = plan.stages[0].parameter_sharding
+    held = "" if sharding == "none" else f", parameter sharding: {sharding}"
+    fixed = "; ".join(f"{part.kind} {part.text}" for part in plan.search.constraints)
     rows = {
         "model": f"{plan.model.name}, {format_count(plan.model.num_params)} parameters",
         "machine": f"{plan.cluster.name}, {counted(plan.cluster.num_devices, 'device')}",
-        "mesh": axes,
+        "mesh": f"{axes}{_part(plan)}",
         "batch": f"{plan.batch}, {samples}",
-        "numbers": f"{plan.precision}, {plan.optimizer}{norm}",
+        "numbers": f"{plan.precision}, {plan.optimizer}{norm}{held}",
+        **({"constraints": fixed} if fixed else {}),
         "step": f"{format_seconds(totals.step_s)}, {format_count(totals.samples_per_s)} samples/s",
         "compute": format_seconds(totals.compute_s),
         "exposed communication": format_seconds(totals.exposed_s),
@@ -136,6 +148,15 @@ def summary(plan: Plan) -> Table:
         "solver": f"{plan.search.solver}, {plan.search.status}, out of {plan.search.num_strategies} strategies",
     }
     return Table("Plan", ("", ""), tuple(rows.items()), num_text=2)
+
+
+def _part(plan: Plan) -> str:
+    """Return what a plan says where it does not use all of its machine."""
+    if plan.mesh.size == plan.cluster.num_devices:
+        return ""
+    devices = plan.stages[0].devices
+    listed = f" ({', '.join(devices[:4])}{', …' if len(devices) > 4 else ''})" if devices else ""
+    return f"; uses {plan.mesh.size} of {counted(plan.cluster.num_devices, 'device')}{listed}"
 
 
 def layers(plan: Plan, grouped: bool = False) -> Table:
@@ -193,7 +214,11 @@ def standing_sentences(rows: Sequence[StrategyRow], lower_bound_s: float) -> tup
 
 
 def _standing(planned: StrategyRow, rows: Sequence[StrategyRow], lower_bound_s: float) -> Iterator[str]:
-    rivals = [row for row in rows if row.fits is not False and row.name != planned.name]
+    rivals = [row for row in rows if row.fits is not False and row.name != planned.name and not row.note]
+    for row in rows:
+        if row.note and row.fits is not False and row.step_s < planned.step_s * (1 - EQUAL):
+            saved = percent(1 - row.step_s / planned.step_s)
+            yield f"{row.name} would be faster by {saved}, but was not allowed: {row.note}."
     for row in rivals:
         if row.step_s < planned.step_s * (1 - EQUAL):
             saved = percent(1 - row.step_s / planned.step_s)

@@ -2,36 +2,60 @@
 
 import contextlib
 import functools
-import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from planner.cost.simulate import Timeline, simulate, simulated_step_s
 from planner.cost.table import CostTable
-from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UsageError
+from planner.errors import InfeasibleError, LayerwiseError, NoPlanError
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
+from planner.search.dual import Bounded, bound_chain
 from planner.search.elimination import solve_dp
 from planner.search.exhaustive import solve_exhaustively
 from planner.search.fixed import ALIASES, FIXED, fixed_strategy
-from planner.search.floor import Floor
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
+from planner.search.local import Neighbourhood, improved
+from planner.search.mcmc import Rules, mcmc_choice
 from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
+from planner.search.published.hypar import hypar_choice
+from planner.search.published.optcnn import optcnn_choice
+from planner.search.published.pase import pase_choice
+from planner.search.published.soybean import soybean_choice
 from planner.search.verify import problems_of
-from planner.units import MIB, format_bytes
+from planner.units import KIB, MIB, format_bytes
 
 _log = logging.getLogger(__name__)
 
-SYNC_WEIGHTS: Final = (1.0, 0.5, 0.0)
-"""Shares of the gradient sync that the additive starts pay; behind backward, none to all is hidden."""
-BUCKET_BYTES: Final = (1 * MIB, 4 * MIB, DEFAULT_BUCKET_BYTES)
-"""Bucket sizes that are tried; small ones start early, large ones have fewer latencies."""
+SYNC_WEIGHTS: Final = (1.0, 0.5)
+"""Shares of the gradient sync that additive starts pay; the bound's choices pay from none of it to all."""
+BUCKET_BYTES: Final = (*(4**k * KIB for k in range(1, 6)), 4 * MIB, 8 * MIB, 16 * MIB, DEFAULT_BUCKET_BYTES)
+"""Bucket sizes that may be tried; small ones start early, large ones have fewer latencies."""
+MAX_BUCKETS: Final = 64
+"""Sizes that would make more buckets than this are not tried."""
 MAX_TRIALS: Final = 2000
-"""Simulated steps that local search may try; a count, so that the plan does not depend on the clock."""
+"""Simulated steps that local search may try from one start."""
+MAX_REFINED: Final = 3
+"""Starts from which local search goes on; only such that are at most ``PROMISING`` slower than the best."""
+PROMISING: Final = 0.1
+ILP_GAP: Final = 0.01
+"""Gap above which ``auto`` asks the integer program for the chain, where it has at most ``ILP_COLUMNS`` columns."""
+ILP_COLUMNS: Final = 6000
+ILP_NODES: Final = 200
+"""Of its branch and bound; a count, so that the plan does not depend on the clock."""
 
-SOLVERS: Final = ("auto", "dp", "ilp", "exhaustive", *FIXED, *ALIASES)
+PUBLISHED: Final[Mapping[str, Callable[[CostTable, Formulation], Choice]]] = {
+    "hypar": hypar_choice,
+    "soybean": soybean_choice,
+    "optcnn": optcnn_choice,
+    "pase": pase_choice,
+}
+"""Published planners: their cost on our space."""
+QUICK: Final = ("hypar", "pase")
+"""Those from which local search starts; the others take longer than all the rest of ``auto``."""
+SOLVERS: Final = ("auto", "dp", "ilp", *PUBLISHED, "mcmc", "exhaustive", *FIXED, *ALIASES)
 """Names of ``--solver``."""
 
 
@@ -63,6 +87,21 @@ class Planned:
         return max(1 - self.lower_bound_s / self.timeline.step_s, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A choice that local search may start from.
+
+    Attributes:
+        choice: position of every layer's split.
+        step_s: simulated.
+        bucket_bytes: of the gradient reductions; the best size.
+    """
+
+    choice: Choice
+    step_s: float
+    bucket_bytes: int
+
+
 class Search:
     """All solvers on one table of costs under one memory limit."""
 
@@ -70,47 +109,55 @@ class Search:
         self.table = table
         self._limit_bytes, self._limits = limit_bytes, limits or Limits()
         self.formulation = formulate(table, limit_bytes=limit_bytes)
-        self._bound_s: float | None = None
+        self._ilp_bound_s = 0.0
 
     def solve(self, solver: str) -> Planned:
-        """Return the plan of a solver; ``auto`` is to be followed by ``refine``.
+        """Return the plan of a solver.
 
         Raises:
             InfeasibleError: no strategy, or not this fixed one, obeys the memory limit.
             NoPlanError: stopped before there was a plan.
         """
+        if solver == "auto":
+            return self.refine(self.starts())
         if solver in FIXED:
             planned = self.fixed(solver)
-            self._require_memory(planned)
-            return planned
-        if solver == "auto":
-            return self._best_start()
-        solvers: dict[str, Solver] = {"dp": self._dp, "ilp": solve_ilp, "exhaustive": solve_exhaustively}
-        solution = solvers[solver](self.formulation.problem, self._limits)
-        if wrong := problems_of(self.formulation.problem, solution):
-            raise NoPlanError(f"solver {solver!r} gave an answer that does not verify: {'; '.join(wrong)}")
-        return self._planned(solver, self._layer_choice(solution, self.formulation), solution.status)
+        elif solver in PUBLISHED:
+            planned = self._planned(solver, PUBLISHED[solver](self.table, self.formulation))
+        elif solver == "mcmc":
+            planned = self._planned(solver, self._walked())
+        else:
+            solvers: dict[str, Solver] = {"dp": solve_dp, "ilp": _solve_ilp, "exhaustive": solve_exhaustively}
+            solution = self._verified(solver, solvers[solver], self.formulation.problem)
+            planned = self._planned(solver, self._layer_choice(solution, self.formulation), solution.status)
+        self._require_memory(planned)
+        return replace(planned, lower_bound_s=self.lower_bound_s())
+
+    def _walked(self) -> Choice:
+        """Return what `mcmc` finds with the buckets that suit its first start."""
+        bucket_bytes = DEFAULT_BUCKET_BYTES
+        with contextlib.suppress(InfeasibleError):
+            bucket_bytes = self.fixed("data").bucket_bytes
+        return mcmc_choice(self.table, self.formulation, rules=Rules(self._limit_bytes, bucket_bytes))
 
     def fixed(self, name: str) -> Planned:
-        """Return a fixed strategy whether or not it fits in memory."""
+        """Return a fixed strategy whether or not it fits in memory; no bound is known for it."""
         found = fixed_strategy(name, self.table, self.formulation)
-        return self._planned(name, found.choice, Status.FEASIBLE, found.num_replaced)
+        return self._planned(name, found.choice, num_replaced=found.num_replaced)
 
     def forced(self, choice: Choice) -> Planned:
         """Return the plan of a given choice of splits."""
-        return self._planned("forced", choice, Status.FEASIBLE)
+        return replace(self._planned("forced", choice), lower_bound_s=self.lower_bound_s())
 
     def fits(self, planned: Planned) -> bool:
         """Return whether a plan obeys the memory limit."""
         return self._limit_bytes is None or planned.timeline.memory_bytes <= self._limit_bytes
 
-    def _dp(self, problem: Problem, limits: Limits) -> Solution:
-        """Solve by elimination; where its optimum breaks the memory limit, by the integer program."""
-        solution = solve_dp(problem, limits)
-        if solution.choice is not None:
-            return solution
-        _log.info("the fastest strategy breaks the memory limit: solving the integer program")
-        return solve_ilp(problem, limits)
+    def _verified(self, name: str, solver: Solver, problem: Problem) -> Solution:
+        solution = solver(problem, self._limits)
+        if wrong := problems_of(problem, solution):
+            raise NoPlanError(f"solver {name!r} gave an answer that does not verify: {'; '.join(wrong)}")
+        return solution
 
     def _layer_choice(self, solution: Solution, formulation: Formulation) -> Choice:
         if solution.choice is None:
@@ -119,64 +166,71 @@ class Search:
             raise NoPlanError(f"the solver ended without a plan: {solution.status}. Raise --time-limit.")
         return formulation.layer_choice(solution.choice)
 
-    def _best_start(self) -> Planned:
-        """Return the best of the exact searches, with more and less of the sync priced, and the fixed strategies."""
-        starts: list[tuple[str, Choice]] = []
+    def starts(self) -> list[Start]:
+        """Return what local search may start from, fastest first; all fit in memory.
+
+        The fixed and the published strategies, the exact minima of the additive cost with more and less of the sync,
+        and what the lower bound came by: the minima of weighted means of the chains that can decide the step.
+
+        Raises:
+            InfeasibleError: nothing fits.
+        """
+        found: dict[Choice, str] = {}
         failure: LayerwiseError | None = None
         for name in FIXED:
-            with contextlib.suppress(InfeasibleError, UsageError):  # its dimension is forbidden; tables too large
-                starts.append((name, fixed_strategy(name, self.table, self.formulation).choice))
+            with contextlib.suppress(InfeasibleError):  # its dimension is forbidden
+                found.setdefault(fixed_strategy(name, self.table, self.formulation).choice, name)
+        for name in QUICK:
+            found.setdefault(PUBLISHED[name](self.table, self.formulation), name)
         for weight in SYNC_WEIGHTS:
+            formulation = (
+                self.formulation
+                if weight == 1
+                else formulate(self.table, sync_weight=weight, limit_bytes=self._limit_bytes)
+            )
             try:
-                formulation = (
-                    self.formulation
-                    if weight == 1
-                    else formulate(self.table, sync_weight=weight, limit_bytes=self._limit_bytes)
-                )
-                solution = self._dp(formulation.problem, self._limits)
-                starts.append((f"dp, {weight:g} of sync", self._layer_choice(solution, formulation)))
-            except (InfeasibleError, NoPlanError, UsageError) as error:
+                solution = self._verified("dp", solve_dp, formulation.problem)
+                found.setdefault(self._layer_choice(solution, formulation), f"dp, {weight:g} of sync")
+            except (InfeasibleError, NoPlanError) as error:
                 failure = failure or error
-        plans = [self._planned("auto", choice, Status.FEASIBLE) for _, choice in starts]
-        for (name, _), plan in zip(starts, plans, strict=True):
-            _log.debug("start %s: %.6g s", name, plan.timeline.step_s)
-        fitting = [plan for plan in plans if self.fits(plan)]
+        for choice in self._bounded.choices:
+            found.setdefault(self._chain.layer_choice(choice), "bound")
+        fitting = [self._start(choice, name) for choice, name in found.items() if self._choice_fits(choice)]
         if not fitting:
             raise failure or self._infeasible()
-        return min(fitting, key=lambda plan: plan.timeline.step_s)
+        if self.lower_bound_s() < min(start.step_s for start in fitting) * (1 - ILP_GAP):
+            fitting += self._by_integer_program()
+        return sorted(fitting, key=lambda start: start.step_s)
 
-    def refine(self, start: Planned) -> Planned:
-        """Return a plan after local search: one variable at a time, as long as the simulated step gets shorter."""
-        formulation = self.formulation
-        members: list[list[int]] = [[] for _ in formulation.problem.node_s]
-        for layer, v in enumerate(formulation.variable_of):
-            members[v].append(layer)
-        floor = Floor(self._unhidden, self._picked(start.choice, members))
-        choice, best_s = list(start.choice), start.timeline.step_s
-        trials = itertools.count()
-        improved = True
-        while improved:
-            improved = False
-            for v in sorted(range(len(members)), key=lambda v: -len(formulation.problem.node_s[v])):
-                for option in range(len(formulation.problem.node_s[v])):
-                    if floor.with_option(v, option) >= best_s:
-                        continue  # longer even if all gradient sync were hidden
-                    trial = list(choice)
-                    for layer in members[v]:
-                        trial[layer] = formulation.options[layer][option]
-                    if trial == choice:
-                        continue
-                    if next(trials) >= MAX_TRIALS:
-                        return self._planned("auto", tuple(choice), Status.FEASIBLE)
-                    step_s = simulated_step_s(self.table, trial, start.bucket_bytes)
-                    if step_s < best_s * (1 - 1e-9) and self._choice_fits(trial):
-                        choice, best_s, improved = trial, step_s, True
-                        floor.pick(v, option)
-        return self._planned("auto", tuple(choice), Status.FEASIBLE)
+    def _start(self, choice: Choice, name: str) -> Start:
+        steps = [(simulated_step_s(self.table, choice, size), size) for size in self.bucket_sizes(choice)]
+        _log.debug("start %s: %.6g s", name, min(steps)[0])
+        return Start(choice, *min(steps))
 
-    def _picked(self, choice: Sequence[int], members: Sequence[Sequence[int]]) -> list[int]:
-        """Return the option of every variable in a choice of splits."""
-        return [self.formulation.options[layers[0]].index(choice[layers[0]]) for layers in members]
+    def _by_integer_program(self) -> list[Start]:
+        """Return the exact minimum of the chain, if it is small enough to be asked for; raise the bound to it."""
+        problem = self._chain.problem
+        if sum(costs.size for costs in (*problem.node_s, *problem.edge_s.values())) > ILP_COLUMNS:
+            return []
+        limits = replace(self._limits, max_nodes=ILP_NODES)
+        solution = self._verified("ilp", lambda problem, _: _solve_ilp(problem, limits), problem)
+        self._ilp_bound_s = solution.lower_bound_s
+        if solution.choice is None:
+            return []
+        choice = self._chain.layer_choice(solution.choice)
+        return [self._start(choice, "ilp")] if self._choice_fits(choice) else []
+
+    def refine(self, starts: Sequence[Start]) -> Planned:
+        """Return the best plan that local search finds from the promising ones of these, fastest first."""
+        around = Neighbourhood(self.table, self.formulation, self._unhidden, self._choice_fits)
+        limit_s = starts[0].step_s * (1 + PROMISING)
+        promising = [start for start in starts if start.step_s <= limit_s]
+        best = starts[0]
+        for start in promising[:MAX_REFINED]:
+            choice, step_s = improved(around, start.choice, start.bucket_bytes, MAX_TRIALS)
+            if step_s < best.step_s:
+                best = Start(choice, step_s, start.bucket_bytes)
+        return replace(self._planned("auto", best.choice), lower_bound_s=self.lower_bound_s())
 
     def _choice_fits(self, choice: Sequence[int]) -> bool:
         if self._limit_bytes is None:
@@ -184,28 +238,39 @@ class Search:
         costs = [layer[c].memory for layer, c in zip(self.table.layers, choice, strict=True)]
         return sum(m.resident for m in costs) + max(m.transient for m in costs) <= self._limit_bytes
 
-    def _planned(self, solver: str, choice: Choice, status: Status, num_replaced: int = 0) -> Planned:
-        timelines = [(simulate(self.table, choice, size), size) for size in BUCKET_BYTES]
+    def _planned(
+        self, solver: str, choice: Choice, status: Status = Status.FEASIBLE, *, num_replaced: int = 0
+    ) -> Planned:
+        timelines = [(simulate(self.table, choice, size), size) for size in self.bucket_sizes(choice)]
         timeline, bucket_bytes = min(timelines, key=lambda pair: pair[0].step_s)
-        return Planned(solver, choice, bucket_bytes, timeline, status, self.lower_bound_s(), num_replaced)
+        return Planned(solver, choice, bucket_bytes, timeline, status, 0.0, num_replaced)
+
+    def bucket_sizes(self, choice: Sequence[int]) -> list[int]:
+        """Return the bucket sizes worth trying: the first that holds all gradients, and smaller ones."""
+        costs = [layer[c] for layer, c in zip(self.table.layers, choice, strict=True)]
+        total = sum(num_bytes for cost in costs for num_bytes in cost.sync.values())
+        first = next((size for size in BUCKET_BYTES if size >= total), BUCKET_BYTES[-1])
+        return [size for size in BUCKET_BYTES if size == first or total / MAX_BUCKETS <= size < first]
 
     def lower_bound_s(self) -> float:
-        """Return a proven lower bound of every simulated step: time that nothing can hide.
-
-        Compute, blocking transfers and updates follow each other in the simulator; gradient sync,
-        which may hide behind them, is left out. The exact minimum of that sum bounds every step.
-        """
-        if self._bound_s is None:
-            try:
-                self._bound_s = solve_dp(self._unhidden).lower_bound_s
-            except UsageError:  # the tables are too large: without the edges the bound is weaker, but holds
-                self._bound_s = float(sum(costs.min() for costs in self._unhidden.node_s))
-        return self._bound_s
+        """Return a proven lower bound of every simulated step (``planner.search.dual``)."""
+        return max(self._bounded.lower_bound_s, self._ilp_bound_s)
 
     @functools.cached_property
+    def _chain(self) -> Formulation:
+        """What no simulated step is shorter than: reductions at their least behind backward."""
+        return formulate(
+            self.table, objective="chain", least_of_bucket=max(BUCKET_BYTES), limit_bytes=self._limit_bytes
+        )
+
+    @functools.cached_property
+    def _bounded(self) -> Bounded:
+        return bound_chain(self._chain.problem, self._limits)
+
+    @property
     def _unhidden(self) -> Problem:
         """The problem whose cost is below the simulated step of every choice: gradient sync is left out."""
-        return formulate(self.table, sync_weight=0.0).problem
+        return self._chain.problem.additive()
 
     def _require_memory(self, planned: Planned) -> None:
         if not self.fits(planned):
@@ -226,3 +291,8 @@ class Search:
             f"every layer the network keeps {format_bytes(total)}, and layer {layer.id!r} ({layer.op.kind}) alone "
             f"needs {format_bytes(least[worst])}. Use more devices, a smaller batch, or raise --memory-limit."
         )
+
+
+def _solve_ilp(problem: Problem, limits: Limits) -> Solution:
+    """Solve the integer program, from the choice that elimination finds for its additive cost."""
+    return solve_ilp(problem, limits, solve_dp(problem.additive(), limits).choice)

@@ -1,16 +1,21 @@
 """From a table of costs to a problem of numbers, and from a solution back to a strategy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.cost.model import LayerCost
-from planner.cost.table import CostTable
+from planner.cost.model import Axes, LayerCost
+from planner.cost.sharding import ParameterSharding
+from planner.cost.table import CostTable, EdgeCost
 from planner.errors import InfeasibleError
-from planner.ir.graph import tied_layers
 from planner.ir.split import Split
-from planner.search.problem import Choice, Costs, Problem
+from planner.search.problem import Bytes, Chain, Choice, Costs, Pair, Problem
+
+Objective = Literal["additive", "chain"]
+"""How what overlaps is counted (``formulate``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,7 @@ class Formulation:
     Layers that share a parameter are one variable: they take the same split on every axis.
 
     Attributes:
-        problem: the additive problem.
+        problem: additive, or with a chain.
         variable_of: for every layer its variable.
         options: for every layer the position of each of its variable's options among its own splits.
     """
@@ -39,69 +44,184 @@ class Formulation:
         for layer, positions in allowed.items():
             v = self.variable_of[layer]
             keep[v] = np.array([o for o in keep[v] if self.options[layer][o] in positions], dtype=np.int64)
-        problem = self.problem
-        node_s = tuple(costs[k] for costs, k in zip(problem.node_s, keep, strict=True))
-        edge_s = {(i, j): costs[np.ix_(keep[i], keep[j])] for (i, j), costs in problem.edge_s.items()}
-        resident = tuple(b[k] for b, k in zip(problem.resident_bytes, keep, strict=True))
-        transient = tuple(b[k] for b, k in zip(problem.transient_bytes, keep, strict=True))
-        smaller = Problem(node_s, edge_s, resident, transient, problem.limit_bytes)
+        smaller = self.problem.restricted(keep)
         options = tuple(tuple(own[o] for o in keep[v]) for own, v in zip(self.options, self.variable_of, strict=True))
         return replace(self, problem=smaller, options=options), smaller
 
 
-def formulate(table: CostTable, *, sync_weight: float = 1.0, limit_bytes: int | None = None) -> Formulation:
-    """Return the additive problem of a table: compute, blocking transfers, updates and gradient sync.
+def formulate(
+    table: CostTable,
+    *,
+    sync_weight: float = 1.0,
+    limit_bytes: int | None = None,
+    objective: Objective = "additive",
+    least_of_bucket: int | None = None,
+) -> Formulation:
+    """Return the problem of a table: compute, blocking transfers, updates and gradient sync.
+
+    Layers and edges that share their costs share their arrays.
 
     Args:
         table: the costs.
         sync_weight: share of the gradient reductions that counts; 1 is the additive cost of
             [OptCNN18], 0 a bound that no overlap can undercut.
         limit_bytes: memory of the smallest device.
+        objective: ``additive``: everything follows each other. ``chain``: gradient reductions run behind backward
+            (``planner.search.problem.Chain``), each layer's own, not in buckets; a variable of several tied layers is
+            where the last of them is reached.
+        least_of_bucket: with a chain: what reductions take at least in the simulator's buckets of up to so many bytes,
+            instead of each layer's alone. No simulated step is then shorter than the chain's.
 
     Raises:
         InfeasibleError: layers that share a parameter have no split in common.
     """
     variable_of, options = _variables(table)
-    count = max(variable_of) + 1
-    sizes = [0] * count
-    for v, own in zip(variable_of, options, strict=True):
-        sizes[v] = len(own)
-    node_s: list[Costs] = [np.zeros(n) for n in sizes]
-    resident = [np.zeros(n, dtype=np.int64) for n in sizes]
-    transient = [np.zeros(n, dtype=np.int64) for n in sizes]
-    vectors: dict[int, Costs] = {}
-    for v, own, costs in zip(variable_of, options, table.layers, strict=True):
-        if id(costs) not in vectors:
-            vectors[id(costs)] = _node_vector(table, costs, sync_weight)
-        index = list(own)
-        node_s[v] += vectors[id(costs)][index]
-        resident[v] += np.array([c.memory.resident for c in costs])[index]
-        transient[v] = np.maximum(transient[v], np.array([c.memory.transient for c in costs])[index])
-    edge_s: dict[tuple[int, int], Costs] = {}
-    for (i, j, _), edge in table.edges.items():
-        a, b = variable_of[i], variable_of[j]
-        both = (edge.forward_s + edge.backward_s)[np.ix_(options[i], options[j])]
-        if a == b:
-            node_s[a] += np.diagonal(both)
-        else:
-            key, matrix = ((a, b), both) if a < b else ((b, a), both.T)
-            edge_s[key] = edge_s[key] + matrix if key in edge_s else matrix
-    problem = Problem(tuple(node_s), edge_s, tuple(resident), tuple(transient), limit_bytes)
+    sums = _Sums(table, variable_of, options)
+    layer_sync = objective == "additive"
+    node_s = sums.nodes(lambda c: _blocking_s(c) + (sync_weight * _sync_s(table, c) if layer_sync else 0.0))
+    edge_s, diagonal = sums.edges(lambda edge: edge.forward_s + edge.backward_s)
+    resident, transient = sums.bytes()
+    chain = None
+    if objective == "chain":
+        transfer_s, between_tied = sums.transfers(lambda edge: edge.backward_s)
+        backward_s = sums.nodes(lambda c: c.backward_s + c.collect_s + c.blocking_backward.seconds)
+        order = tuple(reversed(range(len(node_s))))
+        chain = Chain(
+            order, _with(backward_s, between_tied), sums.nodes(lambda c: c.update_s), transfer_s,
+            sums.levels(_sync_of(table, sync_weight, least_of_bucket)),
+        )  # fmt: skip
+    problem = Problem(_with(node_s, diagonal), edge_s, resident, transient, limit_bytes, chain)
     return Formulation(problem, variable_of, options)
 
 
-def _node_vector(table: CostTable, costs: Sequence[LayerCost], sync_weight: float) -> Costs:
-    return np.array([
-        c.forward_s + c.backward_s + c.collect_s + c.update_s + c.blocking_forward.seconds + c.blocking_backward.seconds
-        + sync_weight * sum(table.model.pricer.all_reduce(axes, b).seconds for axes, b in c.sync.items())
-        for c in costs
-    ])  # fmt: skip
+def _blocking_s(c: LayerCost) -> float:
+    blocking_s = c.blocking_forward.seconds + c.blocking_backward.seconds
+    return c.forward_s + c.backward_s + c.collect_s + c.update_s + blocking_s
+
+
+def _sync_s(table: CostTable, c: LayerCost) -> float:
+    return sum(table.model.sync(axes, b).seconds for axes, b in c.sync.items())
+
+
+def _sync_of(table: CostTable, weight: float, least_of_bucket: int | None) -> Callable[[Axes, int], float]:
+    """Return what gives the seconds of a reduction over these axes of so many bytes; arguments as of ``formulate``."""
+    model = table.model
+    if least_of_bucket is None:
+        return lambda axes, num_bytes: weight * model.sync(axes, num_bytes).seconds
+    if model.settings.parameter_sharding is not ParameterSharding.NONE:
+        return lambda axes, num_bytes: 0.0  # noqa: ARG005  # gathers and scatters: no rate is proven
+    largest: dict[Axes, int] = {}  # of a layer
+    whole: dict[Axes, int] = {}  # of all layers
+    for layer in table.layers:
+        own: dict[Axes, int] = {}
+        for c in layer:
+            for axes, num_bytes in c.sync.items():
+                own[axes] = max(own.get(axes, 0), num_bytes)
+        for axes, num_bytes in own.items():
+            largest[axes] = max(largest.get(axes, 0), num_bytes)
+            whole[axes] = whole.get(axes, 0) + num_bytes
+    most = {axes: min(least_of_bucket + largest[axes], whole[axes]) for axes in whole}
+    return lambda axes, num_bytes: weight * model.pricer.least_reduction_s(axes, num_bytes, most[axes])
+
+
+def _with(vectors: Sequence[Costs], more: Mapping[int, Costs]) -> tuple[Costs, ...]:
+    return tuple(own + more[v] if v in more else own for v, own in enumerate(vectors))
+
+
+class _Sums:
+    """Sums over the layers of each variable; what is the same for several is computed, and kept, once."""
+
+    def __init__(self, table: CostTable, variable_of: Sequence[int], options: Sequence[tuple[int, ...]]) -> None:
+        self._table, self._variable_of, self._options = table, variable_of, options
+        self._whole = [len(own) == len(costs) for own, costs in zip(options, table.layers, strict=True)]
+        self._members: dict[int, list[int]] = {}
+        for layer, v in enumerate(variable_of):
+            self._members.setdefault(v, []).append(layer)
+
+    def _sum(self, rows: Callable[[Sequence[LayerCost]], NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return for every variable the sum over its layers of arrays with the splits as last axis."""
+        made: dict[int, NDArray[Any]] = {}
+        found = []
+        for layers in self._members.values():
+            parts = []
+            for layer in layers:
+                costs = self._table.layers[layer]
+                if id(costs) not in made:
+                    made[id(costs)] = rows(costs)
+                own = made[id(costs)]
+                parts.append(own if self._whole[layer] else own[..., list(self._options[layer])])
+            found.append(parts[0] if len(parts) == 1 else np.sum(parts, axis=0))
+        return found
+
+    def nodes(self, seconds: Callable[[LayerCost], float]) -> tuple[Costs, ...]:
+        return tuple(self._sum(lambda costs: np.array([seconds(c) for c in costs], dtype=np.float64)))
+
+    def levels(self, sync_s: Callable[[Axes, int], float]) -> tuple[Costs, ...]:
+        """Return the gradient sync on each level of the machine, float64[levels, options] per variable."""
+        model = self._table.model
+        num_levels = len(model.machine.levels)
+
+        def rows(costs: Sequence[LayerCost]) -> Costs:
+            found = np.zeros((num_levels, len(costs)))
+            for o, c in enumerate(costs):
+                for axes, num_bytes in c.sync.items():
+                    seconds, levels = sync_s(axes, num_bytes), model.pricer.levels(axes)
+                    for level in range(num_levels):
+                        found[level, o] += seconds * (levels >> level & 1)
+            return found
+
+        return tuple(self._sum(rows))
+
+    def bytes(self) -> tuple[tuple[Bytes, ...], tuple[Bytes, ...]]:
+        """Return resident and transient bytes; those of tied layers are held together, needed one at a time."""
+        resident = self._sum(lambda costs: np.array([c.memory.resident for c in costs], dtype=np.int64))
+        made: dict[int, Bytes] = {}
+        transient = []
+        for layers in self._members.values():
+            parts = []
+            for layer in layers:
+                costs = self._table.layers[layer]
+                if id(costs) not in made:
+                    made[id(costs)] = np.array([c.memory.transient for c in costs], dtype=np.int64)
+                own = made[id(costs)]
+                parts.append(own if self._whole[layer] else own[list(self._options[layer])])
+            transient.append(parts[0] if len(parts) == 1 else np.max(parts, axis=0))
+        return tuple(resident), tuple(transient)
+
+    def transfers(self, seconds: Callable[[EdgeCost], Costs]) -> tuple[dict[Pair, Costs], dict[int, Costs]]:
+        """Return the sums of edges by (producer, consumer), and those within a variable by variable."""
+        made: dict[object, Costs] = {}
+        found: dict[Pair, Costs] = {}
+        within: dict[int, Costs] = {}
+        for (i, j, _), edge in self._table.edges.items():
+            cuts = tuple(None if self._whole[x] else self._options[x] for x in (i, j))
+            key = (id(edge), *cuts)
+            if key not in made:
+                made[key] = seconds(edge)
+                if any(cuts):
+                    made[key] = made[key][np.ix_(self._options[i], self._options[j])]
+            a, b = self._variable_of[i], self._variable_of[j]
+            if a == b:
+                within[a] = within.get(a, 0.0) + np.diagonal(made[key])
+            else:
+                found[a, b] = found[a, b] + made[key] if (a, b) in found else made[key]
+        return found, within
+
+    def edges(self, seconds: Callable[[EdgeCost], Costs]) -> tuple[dict[Pair, Costs], dict[int, Costs]]:
+        """Return the sums of edges by (smaller, larger variable), and those within a variable by variable."""
+        directed, within = self.transfers(seconds)
+        turned: dict[int, Costs] = {}
+        found: dict[Pair, Costs] = {}
+        for (a, b), costs in directed.items():
+            key, matrix = ((a, b), costs) if a < b else ((b, a), turned.setdefault(id(costs), costs.T))
+            found[key] = found[key] + matrix if key in found else matrix
+        return found, within
 
 
 def _variables(table: CostTable) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     layers = table.space.graph.layers
     splits = table.space.splits
-    leader = tied_layers(table.space.graph)
+    leader = table.space.leaders
     numbers: dict[int, int] = {}
     variable_of = tuple(numbers.setdefault(leader[i], len(numbers)) for i in range(len(layers)))
     common: dict[int, tuple[Split, ...]] = {}
@@ -110,7 +230,8 @@ def _variables(table: CostTable) -> tuple[tuple[int, ...], tuple[tuple[int, ...]
         common[v] = tuple(s for s in common[v] if s in mine) if v in common else mine
         if not common[v]:
             raise InfeasibleError(
-                f"layer {layer.id!r} shares a parameter with a layer that has no split in common with it"
+                f"layer {layer.id!r} shares a parameter with a layer, or is tied to one, that has no split in common "
+                "with it"
             )
     options = tuple(
         tuple(range(len(splits[layer.id]))) if common[v] == splits[layer.id]

@@ -1,35 +1,45 @@
 """The search space: the legal splits of every layer on a mesh."""
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from planner.errors import InfeasibleError
 from planner.ir.dimension import Dimension
-from planner.ir.graph import Layer, LayerGraph
+from planner.ir.graph import Layer, LayerGraph, tied_layers
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Output, Redistribute
 from planner.ir.rules import InputOutput, legal_splits, partition
 from planner.ir.split import LayerId, Split
+from planner.space.constraints import NO_CONSTRAINTS, Constraints, is_chosen, leaders, legal_text
 
 DEFAULT_DIMENSIONS = frozenset(
     {Dimension.SAMPLE, Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER}
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchSpace:
     """The legal splits of every layer.
 
     Attributes:
         graph, mesh, io: what the space is for.
         splits: of every layer, never empty, in a fixed order.
+        ties: groups of layers that the user wants to be split alike.
     """
 
     graph: LayerGraph
     mesh: Mesh
     io: InputOutput
     splits: Mapping[LayerId, tuple[Split, ...]]
+    ties: tuple[tuple[LayerId, ...], ...] = ()
+
+    @functools.cached_property
+    def leaders(self) -> tuple[int, ...]:
+        """For every layer the first of those that take its split: they share a parameter or a call, or are tied."""
+        index = self.graph.index
+        return leaders(tied_layers(self.graph), [[index[layer] for layer in group] for group in self.ties])
 
     @property
     def num_strategies(self) -> float:
@@ -50,23 +60,51 @@ def enumerate_splits(
     mesh: Mesh,
     io: InputOutput,
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS,
+    constraints: Constraints = NO_CONSTRAINTS,
 ) -> SearchSpace:
     """Return the search space of a network on a mesh.
 
     A redistribute layer takes the layouts that its consumers ask for and the one its producer has.
 
     Raises:
-        InfeasibleError: a layer has no legal split (never, as ``replicate`` is legal for all).
+        InfeasibleError: the constraints leave a layer no legal split (without any, ``replicate`` is legal for all).
     """
     cache: dict[object, tuple[Split, ...]] = {}
     found: dict[LayerId, tuple[Split, ...]] = {}
     for layer in graph.layers:
-        key = (layer.op, layer.output, graph.inputs_of(layer), tuple(p.spec for p in layer.params))
+        limits = constraints.limits(layer)
+        key = (layer.op, layer.output, graph.inputs_of(layer), tuple(p.spec for p in layer.params), limits)
         if key not in cache:
-            cache[key] = legal_splits(layer, graph, mesh, io, dimensions)
+            legal = legal_splits(layer, graph, mesh, io, limits.permitted(dimensions))
+            cache[key] = tuple(s for s in legal if limits.allows(s, dimensions)) if constraints else legal
         if not cache[key]:
-            raise InfeasibleError(f"layer {layer.id!r} ({layer.op.kind}) has no legal split on {mesh.axes}")
+            legal = legal_splits(layer, graph, mesh, io, frozenset(Dimension))
+            raise InfeasibleError(
+                f"layer {layer.id!r} ({layer.op.kind}) has no legal split left by --pin and --forbid on "
+                f"{mesh.size} ranks. Legal are {legal_text(legal)}."
+            )
         found[layer.id] = cache[key]
+    found = _with_redistribution(graph, mesh, found)
+    return SearchSpace(graph, mesh, io, found, constraints.tied(graph))
+
+
+def pinned_space(
+    graph: LayerGraph, mesh: Mesh, io: InputOutput, splits: Mapping[LayerId, tuple[Split, ...]]
+) -> SearchSpace:
+    """Return the space in which layers have only these splits; redistribute layers follow, the io is kept."""
+    used = {d for own in splits.values() for split in own for d in split.dimensions}
+    found = {
+        layer.id: splits[layer.id] if is_chosen(layer) else legal_splits(layer, graph, mesh, io, used)
+        for layer in graph.layers
+    }
+    return SearchSpace(graph, mesh, io, _with_redistribution(graph, mesh, found))
+
+
+def _with_redistribution(
+    graph: LayerGraph, mesh: Mesh, splits: Mapping[LayerId, tuple[Split, ...]]
+) -> dict[LayerId, tuple[Split, ...]]:
+    """Return the splits with those of redistribute layers cut down to what their neighbours ask for."""
+    found = dict(splits)
     readers: dict[LayerId, list[Layer]] = {layer.id: [] for layer in graph.layers}
     for layer in graph.layers:
         for producer in dict.fromkeys(layer.inputs):
@@ -74,9 +112,9 @@ def enumerate_splits(
     asked: dict[tuple[Split, ...], tuple[Split, ...]] = {}  # equal tuples become one object
     for layer in graph.layers:
         if isinstance(layer.op, Redistribute):
-            splits = _asked(layer, graph, mesh, found, readers[layer.id])
-            found[layer.id] = asked.setdefault(splits, splits)
-    return SearchSpace(graph, mesh, io, found)
+            own = _asked(layer, graph, mesh, found, readers[layer.id])
+            found[layer.id] = asked.setdefault(own, own)
+    return found
 
 
 def _asked(

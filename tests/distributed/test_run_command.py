@@ -53,7 +53,7 @@ def layerwise(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a plan for two ranks."""
     place = tmp_path_factory.mktemp("run")
-    done = layerwise(place, "plan", "lenet5", "--devices", "2", "--batch", "8", "-o", "plan.json")
+    done = layerwise(place, "plan", "lenet5", "--devices", "2", "--batch", "8", "--all-devices", "-o", "plan.json")
     assert done.returncode == 0, done.stderr
     return place
 

@@ -7,12 +7,12 @@ from functools import cache
 
 import pytest
 
-from examples.benchmarks import published_optcnn as optcnn
-from examples.benchmarks import published_owt as owt
-from examples.benchmarks.published_optcnn import Rates
 from planner.cost.accounting import received_elements
 from planner.ir.layout import BALANCED, Layout, Placement, Whole
 from planner.ir.mesh import Mesh
+from planner.reproduce import optcnn_cluster as optcnn
+from planner.reproduce import owt
+from planner.reproduce.optcnn_cluster import Rates
 from planner.units import GIB
 
 SPEED_UP, VOLUME, EXAMPLE, IMAGES = 0.15, 0.05, 0.01, 0.25

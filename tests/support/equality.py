@@ -68,10 +68,10 @@ def data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def planner_for(name: str, num_ranks: int, mesh: str | None = None, **options: Any) -> Planner:
-    """Return the planner of a network on equal devices."""
+    """Return the planner of a network on equal devices, all of which are used."""
     machine: Machine = machine_of(devices=num_ranks)
     x, _ = data(name)
-    return prepare(build(name), (x,), machine, Options(mesh=mesh, **options), Origin(name, name))
+    return prepare(build(name), (x,), machine, Options(mesh=mesh, all_devices=True, **options), Origin(name, name))
 
 
 def random_plan(planner: Planner, seed: int) -> Plan:

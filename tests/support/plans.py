@@ -23,7 +23,7 @@ def document() -> Json:
         "schedule": {"kind": "single", "num_microbatches": 1},
         "stages": [{
             "mesh": {"axes": [{"name": "gpu", "size": 2}], "ranks": [0, 1]},
-            "parameter_sharding": "none",
+            "devices": [], "parameter_sharding": "none",
             "layers": [
                 layer("input", "input", "sample", 0.0), layer("fc1", "linear", "out_channel", 0.002),
                 layer("fc2", "linear", "out_channel", 0.001), layer("output", "output", "sample", 0.0),
@@ -36,10 +36,11 @@ def document() -> Json:
         },
         "baselines": [
             {"name": "data", "step_s": 0.005, "exposed_s": 0.002, "communication_bytes": 8192.0,
-             "memory_bytes": 5 * 2**20, "num_replaced": 0},
+             "memory_bytes": 5 * 2**20, "num_replaced": 0, "note": ""},
         ],
         "search": {"solver": "auto", "status": "feasible", "lower_bound_s": 0.003, "gap": 0.25,
-                   "num_strategies": "144", "memory_limit_bytes": 4 * 2**20},
+                   "num_strategies": "144", "memory_limit_bytes": 4 * 2**20,
+                   "constraints": [{"kind": "pin", "text": "fc*=out_channel"}]},
         "provenance": {"profile_sha256": "c" * 64, "versions": {"layerwise": "0.1.0"},
                        "command": "layerwise plan nets.py:net --cluster 2xa100-nvlink",
                        "utc": "2030-01-01T00:00:00Z"},

@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown model": (("lenet6", "--devices", "1"), "unknown model 'lenet6'. Did you mean 'lenet5'"),
     "no machine": (("lenet5",), "say whose pieces: --devices N or --cluster NAME"),
     "two machines": (("lenet5", "--devices", "1", "--cluster", "4xa100-nvlink"), "exactly one of --devices"),
-    "unknown mesh": (("lenet5", "--devices", "4", "--mesh", "gpu=3"), "mesh"),
+    "unknown mesh": (("lenet5", "--devices", "4", "--mesh", "gpu=5"), "mesh"),
     "unknown dimension": (("lenet5", "--devices", "2", "--dims", "smaple"), "unknown dimension 'smaple'"),
     "a mode of GPUs": (("lenet5", "--devices", "1", "--precision", "tf32"), "tf32 is a mode of NVIDIA GPUs"),
     "no time": (("lenet5", "--devices", "1", "--budget", "soon"), "'soon'"),

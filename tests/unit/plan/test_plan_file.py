@@ -38,6 +38,29 @@ def test_a_plan_survives_the_way_through_a_file_unchanged(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_plan_from_before_these_fields_were_there_is_read_and_has_the_same_digest() -> None:
+    old = document()
+    for part, name in (
+        (stage(old), "devices"), (stage(old), "parameter_sharding"), (old["search"], "constraints"),
+        (old["baselines"][0], "note"),
+    ):  # fmt: skip
+        part.pop(name)
+    found = plan_of(old)
+    assert found.stages[0].parameter_sharding == "none"
+    assert found.stages[0].devices == []
+    assert found.search.constraints == []
+    assert found.baselines[0].note == ""
+    assert found.digest == plan_of(document()).digest
+
+
+def test_the_digest_tells_sharded_parameters_from_whole_ones_and_not_which_devices_are_used() -> None:
+    plain = plan_of(document())
+    sharded = Plan.from_json(edited(lambda d: stage(d).update(parameter_sharding="full")))
+    elsewhere = Plan.from_json(edited(lambda d: stage(d).update(devices=["gpu4", "gpu5"])))
+    assert len({plain.digest, sharded.digest}) == 2
+    assert elsewhere.digest == plain.digest
+
+
 def test_a_plan_gives_mesh_and_strategy_as_domain_values() -> None:
     plan = plan_of(document())
     assert plan.mesh.shape == (2,)
@@ -66,6 +89,9 @@ def test_a_plan_gives_mesh_and_strategy_as_domain_values() -> None:
         (lambda d: stage(d)["layers"][1]["split"].update(gpu="chanel"), "$.stages[0].layers[1].split.gpu", "chanel"),
         (lambda d: stage(d)["layers"][1].update(split={"cpu": "sample"}), "$.stages[0].layers[1].split", "['gpu']"),
         (lambda d: d.update(stages=[]), "$.stages", "at least 1"),
+        (lambda d: stage(d).update(devices=["gpu0"]), "$.stages[0].devices", "1 different ones"),
+        (lambda d: stage(d).update(devices=["gpu0", "gpu0"]), "$.stages[0].devices", "1 different ones"),
+        (lambda d: stage(d).update(parameter_sharding="some"), "$.stages[0].parameter_sharding", 'found "some"'),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_its_path(edit: Edit, path: str, words: str) -> None:

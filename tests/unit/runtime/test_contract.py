@@ -45,7 +45,7 @@ def build(dropout: float = 0.0) -> nn.Module:
 
 def planned(build_net: Callable[[], nn.Module], solver: str = "data", num_ranks: int = 2, **options: Any) -> Plan:
     x = torch.randn(BATCH, 3, 8, 8, dtype=torch.float64)
-    return plan_model(build_net(), (x,), devices=num_ranks, solver=solver, **options)
+    return plan_model(build_net(), (x,), devices=num_ranks, solver=solver, all_devices=True, **options)
 
 
 def images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +210,7 @@ class WithLoss(nn.Module):
 @pytest.mark.parametrize("solver", ["data", "model", "auto"])
 def test_a_loss_inside_the_model_is_the_mean_over_the_batch_on_every_rank(solver: str) -> None:
     x, target = images(BATCH)
-    plan = plan_model(WithLoss().double(), (x, target), devices=2, solver=solver)
+    plan = plan_model(WithLoss().double(), (x, target), devices=2, solver=solver, all_devices=True)
     model = WithLoss().double()
     expected = model(x, target)
     gradients = gradients_of(model, expected)

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import planner.search.auto
+import planner.search.local
 from planner.cost.model import CostModel, Settings
+from planner.cost.resimulate import Changes, Resimulation
 from planner.cost.simulate import simulated_step_s
 from planner.cost.table import CostTable
 from planner.devices.library import cluster
@@ -16,7 +18,7 @@ from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
-from planner.search.auto import Search
+from planner.search.auto import Search, Start
 from planner.search.floor import Floor
 from planner.search.problem import Problem
 from planner.space.enumerate import enumerate_splits
@@ -55,22 +57,45 @@ def table() -> CostTable:
 def test_local_search_ends_where_it_ends_when_it_simulates_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 0
 
-    def counted(table: CostTable, choice: list[int], bucket_bytes: int) -> float:
-        nonlocal count
-        count += 1
-        return simulated_step_s(table, choice, bucket_bytes)
+    class Counted(Resimulation):
+        def step_s(self, changes: Changes | None = None) -> float:
+            nonlocal count
+            count += bool(changes)
+            return super().step_s(changes)
 
-    monkeypatch.setattr(planner.search.auto, "simulated_step_s", counted)
+    monkeypatch.setattr(planner.search.local, "Resimulation", Counted)
     search = Search(table(), None)
     for name in ("model", "model-in"):  # far from the best, so that there is something to do
-        start = search.fixed(name)
+        fixed = search.fixed(name)
+        start = Start(fixed.choice, fixed.timeline.step_s, fixed.bucket_bytes)
         count = 0
-        found = search.refine(start)
+        found = search.refine([start])
         simulated, count = count, 0
         with monkeypatch.context() as patch:
             patch.setattr(Floor, "with_option", lambda *_: 0.0)
-            expected = search.refine(start)
+            expected = search.refine([start])
         assert found.choice == expected.choice
         assert found.timeline.step_s == expected.timeline.step_s
         assert simulated < count < planner.search.auto.MAX_TRIALS
-        assert found.timeline.step_s < start.timeline.step_s
+        assert found.timeline.step_s < start.step_s
+
+
+def test_every_start_of_auto_is_a_plan_that_it_does_not_undercut() -> None:
+    search = Search(table(), None)
+    starts, planned = search.starts(), search.solve("auto")
+    assert [start.step_s for start in starts] == sorted(start.step_s for start in starts)
+    for start in starts:
+        step_s = simulated_step_s(search.table, start.choice, start.bucket_bytes)
+        assert start.step_s == step_s >= planned.timeline.step_s
+    for name in ("data", "model", "model-in", "conv-data-fc-model", "dp", "ilp", "hypar", "pase"):
+        assert planned.timeline.step_s <= search.solve(name).timeline.step_s * (1 + 1e-12)
+    assert planned.lower_bound_s <= planned.timeline.step_s * (1 + 1e-12)
+
+
+def test_buckets_are_tried_from_one_that_holds_all_down_to_a_sixtyfourth() -> None:
+    search = Search(table(), None)
+    total = sum(b for c in (search.table.layers[i][0] for i in range(7)) for b in c.sync.values())
+    sizes = search.bucket_sizes((0,) * 7)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] >= total > sizes[-2]
+    assert total / planner.search.auto.MAX_BUCKETS <= sizes[0]

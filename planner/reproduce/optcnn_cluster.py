@@ -14,13 +14,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-import torch
-
-from planner.api import Machine, Options, Origin, Planner, machine_of, prepare
+from planner.api import Machine, Options, Origin, Planner, example_inputs, machine_of, prepare
 from planner.cost.accounting import Volume, received_elements, step_volume
 from planner.cost.model import CostModel, Settings
 from planner.cost.table import CostTable
 from planner.cost.transfer import Price, Reduction, StepPricer
+from planner.devices.measured import CollectiveKind
 from planner.devices.route import Router
 from planner.frontend.source import load_model
 from planner.ir.dimension import Dimension
@@ -79,8 +78,11 @@ class ParameterServers(StepPricer):
         once = self.exchange(axes, round((size - 1) / size * num_bytes))
         return once + once
 
-    def reduction(self, axes: tuple[int, ...], num_bytes: int) -> Reduction:
-        """Return the same behind computation."""
+    def reduction(
+        self, axes: tuple[int, ...], num_bytes: int, kind: CollectiveKind = CollectiveKind.ALL_REDUCE
+    ) -> Reduction:
+        """Return the same behind computation; servers are the only kind."""
+        del kind
         price = self.all_reduce(axes, num_bytes)
         return Reduction(price.seconds, price.seconds, 0.0, price.levels)
 
@@ -102,7 +104,7 @@ class Rates:
 
 def one_gpu_rate(network: str) -> float:
     """Return the images per second of one GPU by its data sheet."""
-    planner = _planner(network, BATCH, machine_of("1xp100-nvlink"))
+    planner = planner_of(network, BATCH, machine_of("1xp100-nvlink"))
     return BATCH / planner.search(planner.meshes()[0]).fixed("data").timeline.step_s
 
 
@@ -113,8 +115,8 @@ def image_rates(network: str, compute_factor: float = 1.0) -> dict[str, Rates]:
         network: of ``MODELS``.
         compute_factor: by which compute takes longer than the data sheet says.
     """
-    machine = _slower(machine_of(CLUSTER), compute_factor)
-    planner = _planner(network, BATCH * len(machine.graph.devices), machine)
+    machine = slower(machine_of(CLUSTER), compute_factor)
+    planner = planner_of(network, BATCH * len(machine.graph.devices), machine)
     published, ours = _search(planner, ParameterServers), _search(planner, StepPricer)
     images = planner.traced.layers.batch
     return {
@@ -127,10 +129,17 @@ def image_rates(network: str, compute_factor: float = 1.0) -> dict[str, Rates]:
     }
 
 
+def server_rates(network: str, machine: Machine) -> dict[str, float]:
+    """Return the images per second of every strategy on a machine: nothing overlapped, parameter servers."""
+    planner = planner_of(network, BATCH * len(machine.graph.devices), machine)
+    search = _search(planner, ParameterServers)
+    return {name: planner.traced.layers.batch / _additive_s(search, name) for name in STRATEGIES}
+
+
 def volumes(network: str) -> dict[str, Volume]:
     """Return the bytes of a step on the cluster, counted as the paper counts."""
     machine = machine_of(CLUSTER)
-    search = _search(_planner(network, BATCH * len(machine.graph.devices), machine), ParameterServers)
+    search = _search(planner_of(network, BATCH * len(machine.graph.devices), machine), ParameterServers)
     return {name: step_volume(search.table, _planned(search, name).choice) for name in STRATEGIES}
 
 
@@ -141,7 +150,7 @@ def first_linear_layer_bytes() -> tuple[int, float]:
         Its gradients under data parallelism; and where its output channels are split, behind a part that is
         split by samples, the inputs that a GPU lacks and as many of their gradients.
     """
-    planner = _planner("vgg16", EXAMPLE_BATCH, machine_of("2xp100-nvlink"))
+    planner = planner_of("vgg16", EXAMPLE_BATCH, machine_of("2xp100-nvlink"))
     search = planner.search(planner.meshes()[0])
     table, graph = search.table, search.table.space.graph
     i, first = next((i, layer) for i, layer in enumerate(graph.layers) if isinstance(layer.op, Linear))
@@ -153,14 +162,23 @@ def first_linear_layer_bytes() -> tuple[int, float]:
     return sum(table.layers[i][data[i]].sync.values()), moved * DType.FLOAT32.item_bytes / table.model.mesh.size
 
 
-def _planner(network: str, batch: int, machine: Machine) -> Planner:
-    reference, arguments = MODELS[network]
+def planner_of(network: str, batch: int, machine: Machine, mesh: str | None = None) -> Planner:
+    """Return a network on a machine with the paper's space, batch norms on each GPU's own samples.
+
+    Args:
+        network: of ``MODELS``, or the name of another one.
+        batch: of all GPUs.
+        machine: the machine.
+        mesh: the one to search; whole levels and their factors where None.
+    """
+    reference, arguments = MODELS.get(network, (network, {}))
     loaded = load_model(reference, arguments)
-    images = torch.empty(batch, *loaded.input_shapes[0], device="meta")
-    return prepare(loaded.module, (images,), machine, Options(sync_batch_norm=False), Origin(network, reference))
+    images = example_inputs(loaded.input_shapes, batch)
+    options = Options(sync_batch_norm=False, dimensions=DIMENSIONS, io="per-rank", mesh=mesh)
+    return prepare(loaded.module, images, machine, options, Origin(network, reference))
 
 
-def _slower(machine: Machine, factor: float) -> Machine:
+def slower(machine: Machine, factor: float) -> Machine:
     """Return a machine whose devices take longer by a factor."""
     rates = machine.profile.roofline
     roofline = replace(

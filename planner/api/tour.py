@@ -1,0 +1,92 @@
+"""The search over candidate meshes."""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from planner.api.meshes import MAX_PAIRS, Counts, factorings, num_pairs
+from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UsageError
+from planner.ir.mesh import Mesh
+from planner.search.auto import Planned, Search
+from planner.search.fixed import FIXED
+
+if TYPE_CHECKING:
+    from planner.api.planning import Planner
+
+_log = logging.getLogger(__name__)
+
+
+class Tour:
+    """Goes through candidate meshes, keeps the plans and leaves out what cannot be faster than the best."""
+
+    def __init__(self, planner: "Planner") -> None:
+        self._planner, self._solver = planner, planner.options.solver
+        self._found: list[tuple[Search, Planned]] = []
+        self._failure: LayerwiseError | None = None
+        self._start = time.perf_counter()
+        self._left = MAX_PAIRS
+
+    def go(self) -> list[tuple[Search, Planned]]:
+        """Return the plan on every mesh that was searched, at least one."""
+        planner = self._planner
+        if self._solver in FIXED:
+            self._solve(planner.fixed_mesh(self._solver))
+        else:
+            first, *cut = planner.meshes()
+            self._solve(first)
+            # what cannot be done on all devices (a pin that is illegal there) is not to be done on fewer
+            counts_of = {mesh: counts for counts, mesh in self._fewer()} if self._found else {}
+            for mesh in cut:
+                self._visit(mesh)
+            best = self._best_mesh() if self._found else first
+            for mesh in factorings(planner.machine.graph, counts_of[best]) if best in counts_of else ():
+                self._visit(mesh)
+        if not self._found:
+            assert self._failure is not None
+            raise self._failure
+        return self._found
+
+    def _fewer(self) -> list[tuple[Counts, Mesh]]:
+        """Visit meshes over fewer devices; return them."""
+        meshes = self._planner.fewer_meshes()
+        hopeless: list[Counts] = []
+        for counts, mesh in meshes:
+            if not any(all(a <= b for a, b in zip(counts, above, strict=True)) for above in hopeless) and (
+                self._visit(mesh) is False
+            ):
+                hopeless.append(counts)
+        return meshes
+
+    def _best_mesh(self) -> Mesh:
+        return min(self._found, key=lambda pair: pair[1].timeline.step_s)[0].table.space.mesh
+
+    def _visit(self, mesh: Mesh) -> bool | None:
+        """Search a mesh if there is time; return False where its compute alone takes too long, None without a look."""
+        planner = self._planner
+        if self._found and time.perf_counter() - self._start > planner.options.time_limit_s:
+            _log.warning("time limit: %d candidate meshes searched", len(self._found))
+            self._left = -1
+        pairs = num_pairs(planner.traced.layers, planner.dimensions, len(mesh.axes))
+        if pairs > self._left:
+            return None
+        try:
+            is_part = mesh.size < len(planner.machine.graph.devices)  # over all of them, compute is hardly ever longer
+            if is_part and self._found and planner.floor_s(mesh) >= min(p.timeline.step_s for _, p in self._found):
+                return False
+        except InfeasibleError:
+            return None  # pinned so that no split is legal on this mesh
+        self._left -= pairs
+        self._solve(mesh)
+        return True
+
+    def _solve(self, mesh: Mesh) -> None:
+        name = "x".join(map(str, mesh.shape)) or "1"
+        try:
+            search = self._planner.search(mesh)
+            planned = search.solve(self._solver)
+        except (InfeasibleError, NoPlanError, UsageError) as error:  # another mesh may do
+            _log.info("mesh %s: %s", name, error)
+            self._failure = self._failure or error
+            return
+        self._found.append((search, planned))
+        _log.info("mesh %s: %.6g s", name, planned.timeline.step_s)
