@@ -1,7 +1,6 @@
 """The whole way in a few functions: trace, price, search, plan."""
 
 import logging
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import nn
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
 from planner.cost.sharding import ParameterSharding
-from planner.cost.table import CostTable, layer_numbers, price_layers
+from planner.cost.table import CostTable, collector_paused, least_compute_s
 from planner.devices.graph import DeviceGraph
 from planner.errors import UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
@@ -227,6 +226,10 @@ class Planner:
         Raises:
             LayerwiseError: there is no plan on any mesh.
         """
+        with collector_paused():
+            return self._best()
+
+    def _best(self) -> tuple[Search, Planned]:
         found = Tour(self).go()
         search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
         if self.options.solver == "auto" and (faster := self._fastest_fixed(planned.timeline.step_s)) is not None:
@@ -243,10 +246,8 @@ class Planner:
         return best if best is not None and best.planned.timeline.step_s < step_s * (1 - 1e-9) else None
 
     def floor_s(self, mesh: Mesh) -> float:
-        """Return what no plan on a mesh can be faster than, in seconds: the compute of every layer at its best."""
-        space, model = self.space(mesh), self.cost_model(mesh)
-        layers = price_layers(space, model, layer_numbers(space, model))
-        return math.fsum(min(c.forward_s + c.backward_s + c.update_s for c in costs) for costs in layers)
+        """Return what no plan on a mesh can be faster than, in seconds."""
+        return least_compute_s(self.space(mesh), self.cost_model(mesh))
 
     def baselines(self) -> tuple[Baseline, ...]:
         """Return every fixed strategy that the machine allows, whether or not it fits; made once."""

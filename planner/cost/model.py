@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 
@@ -143,19 +143,24 @@ class CostModel:
     def _input_gradient(self, layer: Layer) -> bool:
         return any(self.flows[i] for i in layer.inputs)
 
-    def layers(self, layer: Layer, splits: Iterable[Split]) -> tuple[LayerCost, ...]:
-        """Return the cost of a layer under each of these splits; the profile is asked once for each local piece."""
+    def layers(self, layer: Layer, splits: Sequence[Split]) -> tuple[LayerCost, ...]:
+        """Return the cost of a layer under each of these splits."""
         lies, carried = self.partition(layer), self.carried(layer)
+        times = self.times(layer, splits)
+        return tuple(self._cost(layer, lies.layouts(s), t, carried) for s, t in zip(splits, times, strict=True))
+
+    def times(self, layer: Layer, splits: Sequence[Split]) -> list[LayerTime]:
+        """Return the compute of a layer under each of these splits; the profile is asked once for each local piece."""
+        lies = self.partition(layer)
         times: dict[object, LayerTime] = {}
-        costs = []
+        found = []
         for split in splits:
-            found = lies.layouts(split)
-            local = self._local(layer, found)
+            local = self._local(layer, lies.layouts(split))
             piece = _LOCAL_VALUES(local)
             if piece not in times:
                 times[piece] = self.profile.time(local)
-            costs.append(self._cost(layer, found, times[piece], carried))
-        return tuple(costs)
+            found.append(times[piece])
+        return found
 
     def _cost(self, layer: Layer, found: LayerLayouts, time: LayerTime, carried: Sequence[bool]) -> LayerCost:
         dtype = self.settings.activation_dtype(layer.output.dtype)

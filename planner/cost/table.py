@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,16 @@ def price_layers(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -
         if number not in priced:
             priced[number] = model.layers(layer, space.splits[layer.id])
     return tuple(priced[number] for number in numbers)
+
+
+def least_compute_s(space: SearchSpace, model: CostModel) -> float:
+    """Return what no strategy of a space computes faster than, in seconds: every layer at its best."""
+    least: dict[int, float] = {}
+    numbers = layer_numbers(space, model)
+    for layer, number in zip(space.graph.layers, numbers, strict=True):
+        if number not in least:
+            least[number] = min(t.forward_s + t.backward_s for t in model.times(layer, space.splits[layer.id]))
+    return math.fsum(least[number] for number in numbers)
 
 
 def price_edges(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -> dict[Edge, EdgeCost]:

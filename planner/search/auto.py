@@ -33,7 +33,7 @@ SYNC_WEIGHTS: Final = (1.0, 0.5)
 """Shares of the gradient sync that additive starts pay; the bound's choices pay from none of it to all."""
 BUCKET_BYTES: Final = (*(4**k * KIB for k in range(1, 6)), 4 * MIB, 8 * MIB, 16 * MIB, DEFAULT_BUCKET_BYTES)
 """Bucket sizes that may be tried; small ones start early, large ones have fewer latencies."""
-MAX_BUCKETS: Final = 64
+MAX_BUCKETS: Final = 256
 """Sizes that would make more buckets than this are not tried."""
 MAX_TRIALS: Final = 2000
 """Simulated steps that local search may try from one start."""
@@ -241,8 +241,8 @@ class Search:
     def _planned(
         self, solver: str, choice: Choice, status: Status = Status.FEASIBLE, *, num_replaced: int = 0
     ) -> Planned:
-        timelines = [(simulate(self.table, choice, size), size) for size in self.bucket_sizes(choice)]
-        timeline, bucket_bytes = min(timelines, key=lambda pair: pair[0].step_s)
+        bucket_bytes = self._start(choice, solver).bucket_bytes
+        timeline = simulate(self.table, choice, bucket_bytes)
         return Planned(solver, choice, bucket_bytes, timeline, status, 0.0, num_replaced)
 
     def bucket_sizes(self, choice: Sequence[int]) -> list[int]:

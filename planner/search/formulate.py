@@ -70,7 +70,8 @@ def formulate(
             (``planner.search.problem.Chain``), each layer's own, not in buckets; a variable of several tied layers is
             where the last of them is reached.
         least_of_bucket: with a chain: what reductions take at least in the simulator's buckets of up to so many bytes,
-            instead of each layer's alone. No simulated step is then shorter than the chain's.
+            instead of each layer's alone. No simulated step is then shorter than the chain's: of tied layers only the
+            reductions of the last one reached count, since those of the others may have ended before.
 
     Raises:
         InfeasibleError: layers that share a parameter have no split in common.
@@ -88,7 +89,7 @@ def formulate(
         order = tuple(reversed(range(len(node_s))))
         chain = Chain(
             order, _with(backward_s, between_tied), sums.nodes(lambda c: c.update_s), transfer_s,
-            sums.levels(_sync_of(table, sync_weight, least_of_bucket)),
+            sums.levels(_sync_of(table, sync_weight, least_of_bucket), last_reached=least_of_bucket is not None),
         )  # fmt: skip
     problem = Problem(_with(node_s, diagonal), edge_s, resident, transient, limit_bytes, chain)
     return Formulation(problem, variable_of, options)
@@ -138,13 +139,20 @@ class _Sums:
         for layer, v in enumerate(variable_of):
             self._members.setdefault(v, []).append(layer)
 
-    def _sum(self, rows: Callable[[Sequence[LayerCost]], NDArray[Any]]) -> list[NDArray[Any]]:
-        """Return for every variable the sum over its layers of arrays with the splits as last axis."""
+    def _sum(
+        self, rows: Callable[[Sequence[LayerCost]], NDArray[Any]], last_reached: bool = False
+    ) -> list[NDArray[Any]]:
+        """Return for every variable the sum over its layers of arrays with the splits as last axis.
+
+        Args:
+            rows: the array of a layer.
+            last_reached: instead of the sum that of the layer which backward reaches last.
+        """
         made: dict[int, NDArray[Any]] = {}
         found = []
         for layers in self._members.values():
             parts = []
-            for layer in layers:
+            for layer in layers[:1] if last_reached else layers:
                 costs = self._table.layers[layer]
                 if id(costs) not in made:
                     made[id(costs)] = rows(costs)
@@ -156,7 +164,7 @@ class _Sums:
     def nodes(self, seconds: Callable[[LayerCost], float]) -> tuple[Costs, ...]:
         return tuple(self._sum(lambda costs: np.array([seconds(c) for c in costs], dtype=np.float64)))
 
-    def levels(self, sync_s: Callable[[Axes, int], float]) -> tuple[Costs, ...]:
+    def levels(self, sync_s: Callable[[Axes, int], float], last_reached: bool) -> tuple[Costs, ...]:
         """Return the gradient sync on each level of the machine, float64[levels, options] per variable."""
         model = self._table.model
         num_levels = len(model.machine.levels)
@@ -170,7 +178,7 @@ class _Sums:
                         found[level, o] += seconds * (levels >> level & 1)
             return found
 
-        return tuple(self._sum(rows))
+        return tuple(self._sum(rows, last_reached))
 
     def bytes(self) -> tuple[tuple[Bytes, ...], tuple[Bytes, ...]]:
         """Return resident and transient bytes; those of tied layers are held together, needed one at a time."""

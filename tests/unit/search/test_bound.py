@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from planner.cost.table import CostTable
 from planner.cost.transfer import StepPricer
 from planner.devices.library import cluster
 from planner.devices.route import Router
+from planner.ir.split import LayerId
 from planner.search.auto import BUCKET_BYTES
 from planner.search.dual import bound_chain
 from planner.search.exhaustive import solve_exhaustively
@@ -70,11 +72,18 @@ def test_weights_between_two_sums_prove_more_than_either() -> None:
     assert 8.5 < found.lower_bound_s <= 10
 
 
+def tied(table: CostTable, *names: str) -> CostTable:
+    """Return the table with these layers split alike."""
+    return replace(table, space=replace(table.space, ties=(tuple(map(LayerId, names)),)))
+
+
 TABLES = {
     "residual": lambda: residual_table(1),
     "two levels": lambda: residual_table(1, "2x4-t4-eth10"),
     "linear": lambda: linear_table((64, 4096, 4096, 16), "2x2-a100-ib400"),
     "slow links": lambda: linear_table((512, 512, 512), "4xk20-pcie"),
+    # reductions of what backward reaches first hide behind the rest, though the first layer decides on them too
+    "tied": lambda: tied(linear_table((4096, 4096, 4096, 4096, 4096), "2x2-a100-ib400"), "fc0", "fc3"),
 }
 
 

@@ -92,7 +92,7 @@ def test_every_start_of_auto_is_a_plan_that_it_does_not_undercut() -> None:
     assert planned.lower_bound_s <= planned.timeline.step_s * (1 + 1e-12)
 
 
-def test_buckets_are_tried_from_one_that_holds_all_down_to_a_sixtyfourth() -> None:
+def test_buckets_are_tried_from_one_that_holds_all_no_smaller_than_makes_sense() -> None:
     search = Search(table(), None)
     total = sum(b for c in (search.table.layers[i][0] for i in range(7)) for b in c.sync.values())
     sizes = search.bucket_sizes((0,) * 7)
