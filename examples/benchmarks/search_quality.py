@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from planner.api import Options, Origin, example_inputs, machine_of, prepare
+from planner.cli.planning import refuse_unwritable
 from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
 from planner.ir.dimension import Dimension
@@ -50,6 +51,8 @@ DIMENSIONS: Final = frozenset({
 })  # fmt: skip
 SAMPLES: Final = 32
 """Of each device."""
+FEWER_SAMPLES: Final = {"unet": 2}
+"""Where images of 512 x 512 would not fit."""
 ILP_LAYERS: Final = 60
 TIME_LIMIT_S: Final = 20.0
 
@@ -74,7 +77,7 @@ def rows_of(network: str, machine_name: str) -> Iterator[Row]:
     """Yield what every solver finds."""
     machine = machine_of(machine_name, None, "fp32", None)
     loaded = load_model(network)
-    inputs = example_inputs(loaded.input_shapes, SAMPLES * len(machine.graph.devices))
+    inputs = example_inputs(loaded.input_shapes, FEWER_SAMPLES.get(network, SAMPLES) * len(machine.graph.devices))
     mesh = ",".join(f"{level.name}={level.size}" for level in machine.graph.levels)
     options = Options(dimensions=DIMENSIONS, mesh=mesh, time_limit_s=TIME_LIMIT_S)
     planner = prepare(loaded.module, inputs, machine, options, Origin(network))
@@ -128,11 +131,20 @@ def main() -> None:
     asked = parser.parse_args()
     groups = {"papers": PAPERS, "torchvision": TORCHVISION}
     networks = [name for each in asked.networks for name in groups.get(each, (each,))]
+    machines = asked.machine or MACHINES
+    try:  # a wrong name must not cost the rows of an earlier run
+        for name in machines:
+            machine_of(name, None, "fp32", None)
+        for name in networks:
+            load_model(name)
+        refuse_unwritable(asked.output)
+    except LayerwiseError as error:
+        parser.error(str(error))
     rows: list[Row] = []
     with asked.output.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Row)])
-        for machine in asked.machine or MACHINES:
+        for machine in machines:
             for network in networks:
                 found = list(rows_of(network, machine))
                 rows += found

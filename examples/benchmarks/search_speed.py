@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from planner.api import Options, Origin, example_inputs, machine_of, prepare
+from planner.cli.planning import refuse_unwritable
 from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
 from planner.ir.dimension import Dimension
@@ -39,7 +40,7 @@ SAMPLES: Final = 32
 
 
 def resnet1000() -> object:
-    """Return a ResNet of 1,001 layers for images of 32 x 32: 111 blocks of three layers in each of three stages."""
+    """Return a ResNet of 1,001 layers: 333 blocks of three layers in four stages, a convolution and a linear layer."""
     from planner.models.resnet import Bottleneck, imagenet_resnet
 
     model = imagenet_resnet(Bottleneck, (83, 83, 83, 84), num_classes=10)
@@ -81,7 +82,7 @@ def run(network: str, machine: str, *, all_meshes: bool) -> dict[str, object] | 
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        sys.stderr.write(f"{network} on {machine}: {done.stderr.strip().splitlines()[-1:]}\n")
+        sys.stderr.write(f"{network} on {machine}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}\n")
         return None
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -102,6 +103,10 @@ def main() -> None:
         except LayerwiseError as error:
             sys.exit(str(error))
         return
+    try:
+        refuse_unwritable(asked.output)  # before minutes of searching
+    except LayerwiseError as error:
+        parser.error(str(error))
     rows = []
     for machine in asked.machine or MACHINES:
         for network in asked.network or NETWORKS:

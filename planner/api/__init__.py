@@ -29,9 +29,11 @@ from planner.api.planning import (
 )
 from planner.errors import NoPlanError
 from planner.plan.schema import Plan
+from planner.space.constraints import Constraints
 
 __all__ = [
     "Comparison",
+    "Constraints",
     "Machine",
     "NoPlanError",
     "Options",

@@ -52,14 +52,19 @@ def baselines(planner: "Planner") -> tuple[Baseline, ...]:
     splits: dict[str, Mapping[LayerId, Split]] = {}
     groups: dict[tuple[Mesh, ParameterSharding], list[str]] = {}
     graph = planner.traced.layers
+    impossible = []
     for name, rule in FIXED.items():
         mesh = planner.fixed_mesh(name)
         try:
             splits[name] = fixed_splits(name, graph, mesh)
         except InfeasibleError as error:  # the mesh is too large for the network
             _log.info("no baseline %s: %s", name, error)
+            impossible.append(name)
             continue
         groups.setdefault((mesh, rule.sharding or planner.sharding), []).append(name)
+    if impossible:
+        size = len(planner.machine.graph.devices) if planner.options.mesh is None else planner.meshes()[0].size
+        _log.warning("no layer can be split over %d ranks as these ask for: %s", size, ", ".join(impossible))
     found: dict[str, Baseline] = {}
     for (mesh, sharding), names in groups.items():
         own = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from planner.api.machine import Machine, machine_of
-from planner.api.planning import Options, Origin, Planner, prepare
+from planner.api.planning import Options, Origin, Planner, options_of, prepare
 from planner.cost.model import LayerCost
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
@@ -75,7 +75,7 @@ def compare(
     **options: Any,
 ) -> Comparison:
     """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
-    asked = Options(**options)
+    asked = options_of(**options)
     found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__)
     planner = prepare(model, example_inputs, found, asked, name, example_keywords)

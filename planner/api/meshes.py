@@ -42,7 +42,11 @@ def whole_meshes(graph: DeviceGraph) -> list[Mesh]:
 
 def fewer_meshes(graph: DeviceGraph) -> Iterator[tuple[Counts, Mesh]]:
     """Yield the candidates over fewer devices, and how many of each level they use, the most promising first."""
-    for counts in fewer([level.size for level in graph.levels])[:MAX_FEWER]:
+    every = fewer([level.size for level in graph.levels])
+    chosen = every[:MAX_FEWER]
+    if (alone := (1,) * len(graph.levels)) in every[MAX_FEWER:]:
+        chosen[-1] = alone  # small networks are fastest there, however many levels there are
+    for counts in chosen:
         yield counts, graph.whole_meshes(counts, MAX_AXES)[0]
 
 

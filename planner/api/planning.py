@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
 from planner.search.auto import SOLVERS, Planned, Search, Start
 from planner.search.fixed import ALIASES, FIXED
-from planner.search.problem import Limits
+from planner.search.problem import Limits, Status
 from planner.space.constraints import NO_CONSTRAINTS, Constraints, texts
 from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 from planner.api.baselines import Baseline, baselines
 from planner.api.machine import Machine, machine_of, time_layers
 from planner.api.meshes import Counts, fewer_meshes, whole_meshes
-from planner.api.tour import Tour
+from planner.api.tour import EQUAL, Tour, fastest
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,29 @@ class Options:
     constraints: Constraints = NO_CONSTRAINTS
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
     all_devices: bool = False
+
+
+def options_of(**asked: Any) -> Options:
+    """Return the options of keyword arguments: the fields of ``Options``, and ``pin``, ``forbid`` and ``tie``.
+
+    The last three are texts, or sequences of them, as on the command line (``Constraints.of``).
+
+    Raises:
+        UsageError: an option is unknown, or its value is of no use.
+    """
+    texts = {name: asked.pop(name) for name in ("pin", "forbid", "tie") if name in asked}
+    if texts and "constraints" in asked:
+        raise UsageError("give either constraints or pin, forbid and tie")
+    if texts:
+        lists = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in texts.items()}
+        asked["constraints"] = Constraints.of(**lists)
+    known = [each.name for each in fields(Options)]
+    for name in asked:
+        if name not in known:
+            raise UnknownNameError("option", name, [*known, "pin", "forbid", "tie"])
+    if not isinstance(asked.get("constraints", NO_CONSTRAINTS), Constraints):
+        raise UsageError("constraints must be a planner.api.Constraints; or give pin=[...], forbid=[...], tie=[...]")
+    return Options(**asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +254,15 @@ class Planner:
 
     def _best(self) -> tuple[Search, Planned]:
         found = Tour(self).go()
-        search, planned = min(found, key=lambda pair: pair[1].timeline.step_s)
+        search, planned = fastest(found)
         if self.options.solver == "auto" and (faster := self._fastest_fixed(planned.timeline.step_s)) is not None:
             search = self.search(faster.search.table.space.mesh)
             choice = search.table.choice(faster.strategy)
             planned = search.refine([Start(choice, faster.planned.timeline.step_s, faster.planned.bucket_bytes)])
             found.append((search, planned))
-        return search, replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
+        planned = replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
+        is_proven = self.options.solver == "auto" and planned.gap <= EQUAL
+        return search, replace(planned, status=Status.OPTIMAL) if is_proven else planned
 
     def _fastest_fixed(self, step_s: float) -> Baseline | None:
         """Return the fastest fixed strategy that could have been planned, if it is faster than this step."""
@@ -345,12 +370,12 @@ def plan_model(
         origin: for the plan's provenance.
         example_keywords: inputs that ``forward`` takes by keyword, by name.
         profile: path of a device profile, see ``machine_of``.
-        options: the fields of ``Options``.
+        options: as of ``options_of``.
 
     Raises:
         LayerwiseError: see ``planner.errors`` for the cases.
     """
-    asked = Options(**options)
+    asked = options_of(**options)
     found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__, f"{type(model).__module__}:{type(model).__qualname__}")
     return prepare(model, example_inputs, found, asked, name, example_keywords).plan()

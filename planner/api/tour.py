@@ -2,7 +2,8 @@
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from planner.api.meshes import MAX_PAIRS, Counts, factorings, num_pairs
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UsageError
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from planner.api.planning import Planner
 
 _log = logging.getLogger(__name__)
+
+
+EQUAL: Final = 1e-9
+"""Relative difference of equally fast plans, and the gap that is a proof. Sums are rounded."""
+
+
+def fastest(found: Sequence[tuple[Search, Planned]]) -> tuple[Search, Planned]:
+    """Return the fastest plan; of equally fast ones that on the fewest devices, the first of those."""
+    least_s = min(planned.timeline.step_s for _, planned in found)
+    equal = [pair for pair in found if pair[1].timeline.step_s <= least_s * (1 + EQUAL)]
+    return min(equal, key=lambda pair: pair[0].table.space.mesh.size)
 
 
 class Tour:
@@ -58,12 +70,12 @@ class Tour:
         return meshes
 
     def _best_mesh(self) -> Mesh:
-        return min(self._found, key=lambda pair: pair[1].timeline.step_s)[0].table.space.mesh
+        return fastest(self._found)[0].table.space.mesh
 
     def _visit(self, mesh: Mesh) -> bool | None:
         """Search a mesh if there is time; return False where its compute alone takes too long, None without a look."""
         planner = self._planner
-        if self._found and time.perf_counter() - self._start > planner.options.time_limit_s:
+        if self._left >= 0 and self._found and time.perf_counter() - self._start > planner.options.time_limit_s:
             _log.warning("time limit: %d candidate meshes searched", len(self._found))
             self._left = -1
         pairs = num_pairs(planner.traced.layers, planner.dimensions, len(mesh.axes))
@@ -71,7 +83,11 @@ class Tour:
             return None
         try:
             is_part = mesh.size < len(planner.machine.graph.devices)  # over all of them, compute is hardly ever longer
-            if is_part and self._found and planner.floor_s(mesh) >= min(p.timeline.step_s for _, p in self._found):
+            if (
+                is_part
+                and self._found
+                and planner.floor_s(mesh) > fastest(self._found)[1].timeline.step_s * (1 + EQUAL)
+            ):
                 return False
         except InfeasibleError:
             return None  # pinned so that no split is legal on this mesh

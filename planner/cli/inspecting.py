@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table as RichTable
 
 from planner.cli.options import AskedModel
 from planner.cli.planning import refuse_unwritable
-from planner.cli.terminal import Terminal, as_text, rendered
+from planner.cli.terminal import Rendered, Terminal, as_text, rendered
 from planner.ir.canonical import write_atomically
 from planner.report import inspection
 
@@ -70,7 +69,7 @@ def _layers(asked: AskedModel, batch: int, *, training: bool) -> "LayerGraph":
     return trace_layers(model.module, inputs, model.name, keywords=keywords, training=training).layers
 
 
-def _tables(graph: "LayerGraph", rows: tuple[inspection.LayerRow, ...], summary: str) -> Iterator[RichTable | str]:
+def _tables(graph: "LayerGraph", rows: tuple[inspection.LayerRow, ...], summary: str) -> Iterator[Rendered | str]:
     yield rendered(inspection.layers(rows, graph.name))
     yield ""
     yield summary

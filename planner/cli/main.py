@@ -105,6 +105,10 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as ended:  # typer makes one of an interrupt, and says nothing
+        if ended.code == EXIT_INTERRUPTED:
+            print("error: interrupted", file=sys.stderr)
+        raise
     except Exception as error:
         traceback.print_exception(error)
         print(

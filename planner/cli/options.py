@@ -134,8 +134,8 @@ class Asked(AskedModel):
         list[str] | None,
         typer.Option(
             metavar="LAYERS=DIMENSION",
-            help="Give layers a split: 'fc*=out_channel' on every axis, 'conv1=gpu:sample,node:height'. Repeat for "
-            "more.",
+            help="Give layers a split: 'fc*=out_channel' on every axis, 'c1=gpu:sample' on one; commas between axes. "
+            "Repeat for more.",
         ),
     ] = None
     forbid: Annotated[

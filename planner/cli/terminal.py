@@ -3,19 +3,20 @@
 import io
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Final, TextIO
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 
 from planner.report.tables import Table
 
 _PIPE_WIDTH: Final = 1000  # a table in a file is as wide as its cells
+_TEXT_WIDTH: Final = 12  # that a column of text keeps, at least, in a narrow terminal
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -56,21 +57,48 @@ def is_debugging() -> bool:
     return logging.getLogger("planner").isEnabledFor(logging.DEBUG)
 
 
-def rendered(table: Table) -> RichTable:
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A table for rich; in a narrow terminal it leaves out what the table can spare, and says so."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        left_out: list[str] = []
+        found = _grid(self.table, left_out)
+        for heading in self.table.spare:
+            if console.measure(found, options=options.update(width=_PIPE_WIDTH)).maximum <= options.max_width:
+                break
+            left_out.append(heading)
+            found = _grid(self.table, left_out)
+        yield found
+        if left_out:
+            yield f"Left out, for want of room: {', '.join(left_out)}."
+
+
+def rendered(table: Table) -> Rendered:
     """Return a table for rich."""
+    return Rendered(table)
+
+
+def _grid(table: Table, left_out: Collection[str]) -> RichTable:
     found = RichTable(
         title=table.title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         show_edge=False, pad_edge=False, show_header=any(table.columns),
     )  # fmt: skip
-    for i, heading in enumerate(table.columns):
-        is_text = i < table.num_text
-        found.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text)
-    for i, row in enumerate(table.rows):
-        found.add_row(*row, style="bold" if i == table.emphasis else None)
+    kept = [i for i, heading in enumerate(table.columns) if heading not in left_out]
+    for i in kept:
+        cells = [table.columns[i], *(row[i] for row in table.rows)]
+        if i < table.num_text:
+            found.add_column(table.columns[i], overflow="fold", min_width=min(_TEXT_WIDTH, max(map(len, cells))))
+        else:
+            found.add_column(table.columns[i], justify="right", no_wrap=True)
+    for number, row in enumerate(table.rows):
+        found.add_row(*(row[i] for i in kept), style="bold" if number == table.emphasis else None)
     return found
 
 
-def as_text(parts: Iterable[RichTable | str]) -> str:
+def as_text(parts: Iterable[Rendered | str]) -> str:
     """Return what a file gets to see of what would be printed."""
     stream = io.StringIO()
     console = _console(stream)

@@ -156,10 +156,16 @@ class DeviceGraph:
             chosen = factors.setdefault(level.name, (1,))
             written = "x".join(map(str, chosen))
             is_fewer = level.name in given and 1 <= math.prod(chosen) < level.size
-            if math.prod(chosen) != level.size and not is_fewer:
+            if math.prod(chosen) != level.size and level.name not in given:
                 raise UsageError(
-                    f"mesh {text!r}: {self.name} has {level.name}={level.size}, "
-                    f"not {written} = {math.prod(chosen)}; write {self._whole} or factors of it"
+                    f"mesh {text!r} does not name the level {level.name} of {self.name}: write "
+                    f"{level.name}={level.size},{text}, or {level.name}=1,{text} for a part of the machine"
+                )
+            if math.prod(chosen) != level.size and not is_fewer:
+                product = f"{written} = {math.prod(chosen)}" if len(chosen) > 1 else written
+                raise UsageError(
+                    f"mesh {text!r}: {self.name} has {level.name}={level.size}, not {product}; "
+                    f"write {self._whole}, factors of it, or fewer"
                 )
             if len(chosen) > MAX_FACTORS or (len(chosen) > 1 and min(chosen) == 1):
                 raise UsageError(

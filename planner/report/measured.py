@@ -113,7 +113,8 @@ def layer_differences(plan: Plan, predicted: StepParts, measured: Measured, coun
     columns = ("layer", "operator", *axes, "compute, predicted", "measured", "transfer, predicted", "measured ",
                "measured - predicted")  # fmt: skip
     title = f"Layers with the largest difference, {len(shown)} of {len(layers)}"
-    return Table(title, columns, tuple(shown), num_text=2 + len(axes))
+    spare = ("operator", "transfer, predicted", "measured ")
+    return Table(title, columns, tuple(shown), num_text=2 + len(axes), spare=spare)
 
 
 def parts(measured: Measured, predicted: StepParts | None) -> Table:

@@ -29,6 +29,7 @@ class Table:
         rows: of as many cells.
         num_text: leading columns that are text; the others are numbers, aligned to the right.
         emphasis: index of the row that stands out, if any.
+        spare: headings of columns that a narrow terminal leaves out, the first ones first.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     num_text: int = 1
     emphasis: int | None = None
+    spare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def strategies(rows: Sequence[StrategyRow]) -> Table:
         "samples/s": [format_count(r.samples_per_s) for r in rows],
         "over data": [f"{r.speed_up:.3f}x" if r.speed_up else UNKNOWN for r in rows],
         "communication": [format_bytes(r.communication_bytes) for r in rows],
-        "exposed": [format_seconds(r.exposed_s) for r in rows],
+        "exposed": [_part_of_step(r.exposed_s, r.step_s) for r in rows],
         "memory": [format_bytes(r.memory_bytes) for r in rows],
         "replaced": [f"{r.num_replaced}" for r in rows],
         "fits": ["yes" if r.fits else "no" for r in rows],
@@ -120,7 +122,8 @@ def strategies(rows: Sequence[StrategyRow]) -> Table:
     }
     emphasis = next((i for i, row in enumerate(rows) if row.is_planned), None)
     cells = tuple(zip(*columns.values(), strict=True))
-    return Table("Strategies, predicted", tuple(columns), cells, emphasis=emphasis)
+    spare = ("replaced", "samples/s", "exposed", "memory")
+    return Table("Strategies, predicted", tuple(columns), cells, emphasis=emphasis, spare=spare)
 
 
 def summary(plan: Plan) -> Table:
@@ -142,7 +145,7 @@ def summary(plan: Plan) -> Table:
         **({"constraints": fixed} if fixed else {}),
         "step": f"{format_seconds(totals.step_s)}, {format_count(totals.samples_per_s)} samples/s",
         "compute": format_seconds(totals.compute_s),
-        "exposed communication": format_seconds(totals.exposed_s),
+        "exposed communication": _part_of_step(totals.exposed_s, totals.step_s),
         "communication per device": format_bytes(totals.communication_bytes),
         "memory per device": f"{format_bytes(totals.memory_bytes)} of {format_bytes(limit)} allowed",
         "solver": f"{plan.search.solver}, {plan.search.status}, out of {plan.search.num_strategies} strategies",
@@ -182,7 +185,8 @@ def layers(plan: Plan, grouped: bool = False) -> Table:
         )
         for run in runs
     )
-    return Table("Layers", ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes))
+    spare = ("sync", "operator", "transfer", "memory")
+    return Table("Layers", ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes), spare=spare)
 
 
 def bound_sentence(step_s: float, lower_bound_s: float) -> str:
@@ -190,7 +194,7 @@ def bound_sentence(step_s: float, lower_bound_s: float) -> str:
     left = max(1 - lower_bound_s / step_s, 0.0) if step_s else 0.0
     return (
         f"Bound: on the searched meshes no strategy has a predicted step below {format_seconds(lower_bound_s, 5)}; "
-        + (f"a better plan could save at most {percent(left)}." if left else "this one reaches it.")
+        + (f"a better plan could save at most {percent(left)}." if left > EQUAL else "this one reaches it.")
     )
 
 
@@ -228,7 +232,7 @@ def _standing(planned: StrategyRow, rows: Sequence[StrategyRow], lower_bound_s: 
         left = 1 - lower_bound_s / planned.step_s
         why = (
             f"nothing faster was found, and the bound leaves at most {percent(left)} to gain"
-            if left > EQUAL else "the bound proves that nothing is faster"
+            if left > EQUAL else "the bound proves that nothing on the searched meshes is faster"
         )  # fmt: skip
         yield f"As fast as the planned strategy: {', '.join(equal)}; {why}."
 
@@ -236,6 +240,11 @@ def _standing(planned: StrategyRow, rows: Sequence[StrategyRow], lower_bound_s: 
 def percent(share: float) -> str:
     """Return a share as text, three significant digits."""
     return f"{100 * share:.3g} %"
+
+
+def _part_of_step(part_s: float, step_s: float) -> str:
+    """Return a part of a step as text; what is rounding is nothing."""
+    return format_seconds(part_s if part_s > EQUAL * step_s else 0.0)
 
 
 def _ratio(reference_s: float | None, step_s: float) -> float | None:

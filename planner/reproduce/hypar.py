@@ -52,12 +52,12 @@ Figs. 6 and 7, taken from {calibrated}: the same formulas with one number from t
 of {known_energy} for energy. The paper's machine computes {times} times as much per byte as the known constants say.
 
 How many times the compute of its shapes each network's HyPar bar of Fig. 6 needs, against {calibrated}: {needed}. All
-but Lenet-c and AlexNet follow the formula: these two must have had more work than the layers that reproduce their
-weights.
+but Lenet-c and AlexNet follow the formula: these two would need more work than the layers that reproduce their
+weights have.
 
 Fig. 12: our simulator overlaps gradient reductions with backward, which favours data parallelism; at 84 GOPS that hides
 nearly all of them in a VGG, so the second part takes accelerators that are {times} times as fast, as above. The paper's
-bars of the torus were not read one by one.
+bars of the torus were not read one by one; SCONV and Cifar-c fall below 1 there, of which ours has Cifar-c.
 
 Fig. 13: the paper names layers, not networks; ours are VGG's conv5 (512 to 512 channels, 3 x 3, 14 x 14, no pool behind
 it) and fc3 (4096 to 1000).
@@ -143,7 +143,7 @@ def reproduce() -> Reproduction:
             ("Fig. 12: performance over data parallelism, simulator of this project", tuple(_simulated(1.0))),
             (f"Fig. 12: the same, accelerators {_faster(fits):.1f} times as fast", tuple(_simulated(_faster(fits)))),
             ("Fig. 13: over one weird trick, levels h, constants of VGG-A", tuple(_trick(fits))),
-            ("Sec. 6: best plans of partly enumerated spaces", tuple(_explored(fits["performance"]))),
+            ("Best plans of partly enumerated spaces", tuple(_explored(fits["performance"]))),
         ),
         _remarks(fits),
     )

@@ -59,7 +59,7 @@ def reproduce() -> Reproduction:
     graph = layer_graph(NETWORK, BATCH)
     every = {(scheme, k): scheme_volumes(graph, scheme, k) for scheme in SCHEMES for k in WORKERS}
     return Reproduction(
-        "Krizhevsky 2014, arXiv:1404.5997",
+        "[OWT14] Krizhevsky, One weird trick for parallelizing convolutional neural networks, arXiv:1404.5997",
         "layerwise reproduce owt",
         (
             ("example: the product of a sample with 4096 x 4096 weights, on 8 GPUs", _example()),

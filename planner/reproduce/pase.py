@@ -91,7 +91,7 @@ def reproduce() -> Reproduction:
     every = {(name, devices): solved(graphs[name], devices) for name, devices in dict.fromkeys(wanted)}
     every["AlexNet", 32] = solved(graphs["AlexNet"], 32)
     return Reproduction(
-        "Elango 2021, IPDPS",
+        "[PaSE21] Elango, PaSE: parallelization strategies for efficient DNN training, IPDPS 2021",
         "layerwise reproduce pase",
         (
             ("AlexNet on 32 devices, pieces of samples, output and input channels", _alexnet(every["AlexNet", 32])),

@@ -23,7 +23,9 @@ _PREFIXES: Final = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4
 def tables(found: Reproduction) -> Iterator[tuple[Table, tuple[str, ...]]]:
     """Yield one table per part, paper | ours | difference, with the remarks on its figures."""
     for title, figures in found.parts:
-        yield Table(title, ("figure", "paper", "ours", "difference"), tuple(map(_row, figures))), _notes(figures)
+        is_text = any(isinstance(value, str) for f in figures for value in (f.paper, f.ours))  # may need several lines
+        columns = ("figure", "paper", "ours", "difference")
+        yield Table(title, columns, tuple(map(_row, figures)), num_text=3 if is_text else 1), _notes(figures)
 
 
 def as_csv(found: Reproduction) -> str:
@@ -50,12 +52,13 @@ def difference(figure: Figure) -> str:
         return "differs"
     if _FAR_BELOW < figure.relative < _FAR_ABOVE:
         return f"{100 * figure.relative:+.2g} %"
-    return f"{figure.relative + 1:.3g} times"
+    ratio = figure.relative + 1
+    return f"1/{1 / ratio:.3g}" if 0 < ratio < 1 else f"{ratio:.3g} times"
 
 
 def _row(figure: Figure) -> tuple[str, ...]:
     known = [value for value in (figure.paper, figure.ours) if isinstance(value, float | int)]
-    power = _power(known[0]) if known and figure.unit else 0
+    power = _power(known[0], figure.unit) if known else 0
     unit = f" {_PREFIXES[power]}{figure.unit}" if figure.unit else ""
     paper = _shown(figure.paper, figure.digits, power, unit)
     ours = _shown(figure.ours, figure.digits + 1, power, unit)  # one digit more, which shows what was rounded
@@ -77,10 +80,12 @@ def _listed(names: Sequence[str]) -> str:
     return f"{names[0]}, and {len(names) - 1} more"
 
 
-def _power(value: float) -> int:
-    """Return the power of 1000 whose prefix leaves one to three digits before the point."""
+def _power(value: float, unit: str) -> int:
+    """Return the power of 1000 whose prefix leaves one to three digits before the point; there are no kiloseconds."""
+    if not unit.isalpha():
+        return 0  # no unit, or one such as images/s
     wanted = math.floor(math.log10(abs(value)) / 3) if value else 0
-    return min(max(wanted, min(_PREFIXES)), max(_PREFIXES))
+    return min(max(wanted, min(_PREFIXES)), 0 if unit == "s" else max(_PREFIXES))
 
 
 def _shown(value: Value, digits: int, power: int, unit: str) -> str:

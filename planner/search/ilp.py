@@ -28,7 +28,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,14 +79,17 @@ def solve_ilp(
     Args:
         problem: additive, or with a chain.
         limits: of the solver's time and nodes.
-        start: a choice to start from; one that breaks the memory limit is left out.
+        start: a choice to start from; one that breaks the memory limit is left out. Without a chain, costs above twice
+            its own count as so much: no better choice has them, and programs do not see a cost beside one that is 1e8
+            times as large.
         program: ``HiGHS`` or ``CBC``; the first that is there if left out.
     """
     keep = undominated(problem, DOMINANCE_WORK)
     smaller = problem.restricted(keep)
-    rows = _Rows(smaller)
+    start = start if start is not None and problem.fits(start) else None
+    rows = _Rows(smaller, 2 * problem.cost_s(start) if start is not None else math.inf)
     kept = None
-    if start is not None and problem.fits(start):
+    if start is not None:
         found = [np.flatnonzero(k == c) for k, c in zip(keep, start, strict=True)]
         kept = [int(f[0]) if len(f) else None for f in found]
     time_s = limits.time_s if limits is not None else math.inf
@@ -185,7 +188,11 @@ class _Rows:
         scale: of its objective: costs near 1000, far above the absolute tolerances of the programs.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, cap_s: float = math.inf) -> None:
+        if problem.chain is None and cap_s < math.inf:
+            node_s = tuple(np.minimum(costs, cap_s) for costs in problem.node_s)
+            edge_s = {pair: np.minimum(costs, cap_s) for pair, costs in problem.edge_s.items()}
+            problem = replace(problem, node_s=node_s, edge_s=edge_s)
         self._problem = problem
         self.program = pulp.LpProblem("layerwise", pulp.LpMinimize)
         largest = max((float(c.max()) for c in (*problem.node_s, *problem.edge_s.values())), default=1.0)

@@ -21,6 +21,7 @@ from planner.ir.split import LayerId, Split
 
 EVERY_AXIS: Final = ""
 _IN_CHANNEL: Final = frozenset({Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
+_DIGITS: Final = "0123456789"
 _NAMES: Final = tuple(d.value for d in Dimension if d is not Dimension.BROADCAST)
 
 
@@ -47,8 +48,12 @@ class Pin:
         return any(is_called(axis, name) for name, _ in self.axes)
 
     def allows(self, split: Split) -> bool:
-        """Return whether a split is as given; a level that a mesh does not use splits nothing."""
-        return all(
+        """Return whether a split is as given; a level that a mesh does not use splits nothing.
+
+        A mesh that uses a level, but does not cut it into the axis that is given (``gpu0``), has no such split.
+        """
+        axes = [axis for axis, _ in split.axes]
+        return all(_is_cut(name, axes) for name, _ in self.axes) and all(
             dimension in wanted for name, wanted in self.axes for axis, dimension in split.axes if is_called(axis, name)
         )
 
@@ -179,7 +184,7 @@ NO_CONSTRAINTS: Final = Constraints()
 
 def is_called(axis: str, name: str) -> bool:
     """Return whether a name means an axis: its own, that of a level which it is a part of or contains, or all."""
-    return name in {axis, EVERY_AXIS} or name in axis.rstrip("0123456789").split("+")
+    return name in {axis, EVERY_AXIS} or name in axis.rstrip(_DIGITS).split("+")
 
 
 def is_chosen(layer: Layer) -> bool:
@@ -215,6 +220,12 @@ def legal_text(splits: Iterable[Split]) -> str:
         for axis, dimension in split.axes:
             found.setdefault(axis, {})[dimension.value] = None
     return "; ".join(f"{axis}: {', '.join(names)}" for axis, names in found.items()) or "one device"
+
+
+def _is_cut(name: str, axes: Collection[str]) -> bool:
+    """Return whether a name of a part of a level is one of these axes, if they use that level at all."""
+    level = name.rstrip(_DIGITS)
+    return level == name or name in axes or not any(is_called(axis, level) for axis in axes)
 
 
 def _matches(layer: Layer, pattern: str) -> bool:

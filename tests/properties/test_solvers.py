@@ -436,3 +436,16 @@ def test_verify_finds_every_lie() -> None:
 def test_costs_are_finite_and_not_negative(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         Problem((np.array([1.0, bad]),), {})
+
+
+def test_a_start_keeps_costs_visible_beside_ones_that_no_good_choice_has() -> None:
+    """Node costs of seconds beside an edge of 1e12 s: scaled by the edge, the program would not see the nodes."""
+    rng = np.random.default_rng(11)
+    node_s = tuple(rng.random(4) + 1 for _ in range(6))
+    edge_s = {(i, i + 1): np.where(rng.random((4, 4)) < 0.3, 1e12, rng.random((4, 4))) for i in range(5)}
+    problem = Problem(node_s, edge_s)
+    wanted = solve_exhaustively(problem)
+    found = solve_ilp(problem, start=solve_dp(problem).choice)
+    assert found.status is Status.OPTIMAL
+    assert found.cost_s == pytest.approx(wanted.cost_s, rel=1e-6)
+    assert found.lower_bound_s <= wanted.cost_s * (1 + 1e-9)

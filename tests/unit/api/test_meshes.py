@@ -260,6 +260,13 @@ def test_further_meshes_stop_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> N
     assert MAX_PAIRS > 0
 
 
+def test_a_time_limit_leaves_the_first_mesh_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = planner(machine({"gpu": 8}, {"gpu": 1e9}), time_limit_s=0.0, solver="dp")
+    assert len(found.meshes()) > 2
+    assert found.best()[0].table.space.mesh == found.meshes()[0]
+    assert [record.message for record in caplog.records].count("time limit: 1 candidate meshes searched") == 1
+
+
 def test_a_plan_for_a_part_of_another_machine_is_priced_there(tmp_path: Path) -> None:
     there = machine({"node": 2, "gpu": 4}, {"node": 1e5, "gpu": 1e12})
     plan = planner(there, "alexnet").plan()

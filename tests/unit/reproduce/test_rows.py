@@ -21,7 +21,8 @@ from planner.reproduce.rows import COLUMNS, as_csv, difference, tables
         (Figure("", 2.2, 2.251, digits=2), "+2.3 %"),
         (Figure("", 0.1, 0.3), "3 times"),
         (Figure("", 200.0, 50.0), "-75 %"),
-        (Figure("", 200.0, 1.0), "0.005 times"),
+        (Figure("", 200.0, 1.0), "1/200"),
+        (Figure("", 200.0, 0.0), "0 times"),
         (Figure("", 9.996, 10.0), "equal"),  # both round to 10.0
         (Figure("", 0.0, 0.0), "equal"),
         (Figure("", 0.0, 1.0), "differs"),
@@ -55,6 +56,12 @@ def test_a_part_is_a_table_with_units_that_suit_the_paper_and_its_remarks_below(
     assert plans.rows == (("c", "01", "01", "equal"), ("d", "3.05", "2.900", "-4.9 %"), ("e", "", "2.900 s", ""))
     assert slip == ("b: a slip.",)
     assert why == ("d; e: why.",)
+
+
+def test_seconds_and_rates_have_no_large_prefixes() -> None:
+    figures = (Figure("a", 2880.0, 0.0016, "s", digits=2), Figure("b", 3305.0, 4282.1, "images/s"))
+    ((table, _),) = tables(Reproduction("", "", (("", figures),)))
+    assert [row[1:3] for row in table.rows] == [("2880 s", "0.00160 s"), ("3305 images/s", "4282 images/s")]
 
 
 def test_a_remark_on_many_figures_names_the_first() -> None:

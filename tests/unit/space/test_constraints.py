@@ -75,6 +75,15 @@ def test_a_pin_speaks_of_a_level_however_it_is_cut_and_says_nothing_where_it_is_
     assert splits_of(constraints, Mesh.of(node=2)) == splits_of(Constraints(), Mesh.of(node=2))
 
 
+def test_a_pin_of_a_part_of_a_level_is_not_kept_by_a_mesh_that_does_not_cut_it_so() -> None:
+    constraints = Constraints.of(pin=["layer1.conv0=gpu0:sample,gpu1:out_channel"])
+    found = splits_of(constraints, Mesh.of(gpu0=2, gpu1=2))["layer1.conv0"]
+    assert found == {(Dimension.SAMPLE, Dimension.OUT_CHANNEL)}
+    with pytest.raises(InfeasibleError, match=r"layer 'layer1\.conv0' .* has no legal split left by --pin"):
+        splits_of(constraints, Mesh.of(gpu=4))
+    assert splits_of(constraints, Mesh.of(node=2)) == splits_of(Constraints(), Mesh.of(node=2))  # no gpu to cut
+
+
 def test_a_pin_may_name_a_dimension_that_is_not_allowed_elsewhere() -> None:
     found = splits_of(Constraints.of(pin=["layer1.conv0=gpu:height"]))
     assert found["layer1.conv0"] == {(d, Dimension.HEIGHT) for d in (*PLAIN, Dimension.REPLICATE)}
