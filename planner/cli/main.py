@@ -1,5 +1,6 @@
 """The scripts ``layerwise`` and ``plan``: all commands, and what their errors look like."""
 
+import gc
 import shlex
 import sys
 import traceback
@@ -79,12 +80,17 @@ def _options(
     """Find the fastest way to train a CNN on given devices, layer by layer, and run it."""
 
 
+OBJECTS_BETWEEN_COLLECTIONS: Final = 100_000
+"""Importing torch makes a million objects that stay; Python's default of 700 looks through them again and again."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run ``layerwise`` and end with its exit code, see ``planner.errors``.
 
     Args:
         arguments: of the command line; those of this process if left out.
     """
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -157,6 +157,11 @@ class Division:
         return any(a[1] > b[0] for a, b in itertools.pairwise(self.pieces))
 
     @functools.cached_property
+    def has_empty_piece(self) -> bool:
+        """Whether some piece holds nothing."""
+        return any(a >= b for a, b in self.pieces)
+
+    @functools.cached_property
     def largest(self) -> int:
         """The size of the largest piece."""
         return max(b - a for a, b in self.pieces)
@@ -279,7 +284,7 @@ class Layout:
 
     @functools.cached_property
     def _has_empty_piece(self) -> bool:
-        return any(a >= b for d in self.divisions if d.axes for a, b in d.pieces)
+        return any(d.has_empty_piece for d in self.divisions if d.axes)
 
 
 @dataclass(frozen=True)
