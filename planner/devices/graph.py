@@ -11,6 +11,7 @@ from typing import Final, Literal
 import networkx
 from networkx import Graph
 
+from planner.devices.hubs import HubPaths
 from planner.devices.measured import MeasuredCollective
 from planner.devices.paths import Paths, weight_of
 from planner.devices.shapes import MAX_FACTORS, Shape, factored, merges
@@ -104,9 +105,9 @@ class DeviceGraph:
         return graph
 
     @cached_property
-    def paths(self) -> Paths:
+    def paths(self) -> Paths | HubPaths:
         """The shortest paths, shared by every mesh on this machine."""
-        return Paths(self.nx())
+        return HubPaths.of(self.nx(), [device.id for device in self.devices]) or Paths(self.nx())
 
     @cached_property
     def digest(self) -> str:

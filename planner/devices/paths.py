@@ -110,7 +110,7 @@ class Paths:
         """Return the latency of the paths between two ids."""
         first, last, _ = self._climb(src, dst)
         weight = self._towards(last)[0][first] if first != last else 0
-        return _latency_s(self._height[src] - self._height[first] + weight + self._height[dst] - self._height[last])
+        return latency_of(self._height[src] - self._height[first] + weight + self._height[dst] - self._height[last])
 
     def longest_s(self, group: Sequence[str]) -> float:
         """Return the largest latency between two ids of a group."""
@@ -125,7 +125,7 @@ class Paths:
             heights[last] + self._towards(last)[0][first] + height
             for last in heights for first, height in heights.items() if first != last
         )  # fmt: skip
-        return max(within, _latency_s(max(across, default=0)))
+        return max(within, latency_of(max(across, default=0)))
 
     def _up(self, node: str) -> list[str]:
         way = [node]
@@ -164,5 +164,6 @@ class Paths:
                     waiting[far] += share
 
 
-def _latency_s(weight: float) -> float:  # whole, whatever networkx calls it
+def latency_of(weight: float) -> float:  # whole, whatever networkx calls it
+    """Return the latency of a path of so much weight, in seconds."""
     return weight // _LINKS / _FEMTO

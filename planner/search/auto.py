@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from planner.cost.simulate import Timeline, simulate, simulated_step_s
 from planner.cost.table import CostTable
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError
@@ -18,7 +20,7 @@ from planner.search.fixed import ALIASES, FIXED, fixed_strategy
 from planner.search.formulate import Formulation, formulate
 from planner.search.ilp import solve_ilp
 from planner.search.local import Neighbourhood, improved
-from planner.search.mcmc import Rules, mcmc_choice
+from planner.search.mcmc import SEED, Rules, mcmc_choice, walk
 from planner.search.problem import Choice, Limits, Problem, Solution, Solver, Status
 from planner.search.published.hypar import hypar_choice
 from planner.search.published.optcnn import optcnn_choice
@@ -54,7 +56,16 @@ PUBLISHED: Final[Mapping[str, Callable[[CostTable, Formulation], Choice]]] = {
 }
 """Published planners: their cost on our space."""
 QUICK: Final = ("hypar", "pase")
-"""Those from which local search starts; the others take longer than all the rest of ``auto``."""
+"""Those from which local search starts on any network; the others take longer than all the rest of ``auto``."""
+FEW_PAIRS: Final = 60_000
+"""Pairs of options on all edges up to which local search starts from all published ones."""
+FEW_RANKS: Final = 64
+"""Of the mesh, likewise: `optcnn` looks at the boxes of every rank."""
+FEW_LAYERS: Final = 60
+"""Of networks on which random walks (``planner.search.mcmc``) start from the best plan."""
+WALKS: Final = (10.0, 100.0)
+"""Their sharpness."""
+WALK_PROPOSALS: Final = 2000
 SOLVERS: Final = ("auto", "dp", "ilp", *PUBLISHED, "mcmc", "exhaustive", *FIXED, *ALIASES)
 """Names of ``--solver``."""
 
@@ -180,7 +191,7 @@ class Search:
         for name in FIXED:
             with contextlib.suppress(InfeasibleError):  # its dimension is forbidden
                 found.setdefault(fixed_strategy(name, self.table, self.formulation).choice, name)
-        for name in QUICK:
+        for name in PUBLISHED if self._has_few_pairs else QUICK:
             found.setdefault(PUBLISHED[name](self.table, self.formulation), name)
         for weight in SYNC_WEIGHTS:
             formulation = (
@@ -226,11 +237,33 @@ class Search:
         limit_s = starts[0].step_s * (1 + PROMISING)
         promising = [start for start in starts if start.step_s <= limit_s]
         best = starts[0]
-        for start in promising[:MAX_REFINED]:
+
+        def descend(start: Start) -> None:
+            nonlocal best
             choice, step_s = improved(around, start.choice, start.bucket_bytes, MAX_TRIALS)
             if step_s < best.step_s:
                 best = Start(choice, step_s, start.bucket_bytes)
+
+        for start in promising[:MAX_REFINED]:
+            descend(start)
+        for number, sharpness in enumerate(WALKS):
+            if len(self.table.layers) <= FEW_LAYERS and self.lower_bound_s() < best.step_s * (1 - ILP_GAP):
+                descend(self._walked_from(best, sharpness, number))
         return replace(self._planned("auto", best.choice), lower_bound_s=self.lower_bound_s())
+
+    def _walked_from(self, start: Start, sharpness: float, number: int) -> Start:
+        """Return the best that a random walk comes by: changes of several variables that only pay together."""
+        rules = Rules(self._limit_bytes, start.bucket_bytes, WALK_PROPOSALS, sharpness)
+        options = self.formulation.options_of(start.choice)
+        found = walk(self.table, self.formulation, options, rules, np.random.default_rng([SEED, number]))
+        if found.choice is None or found.step_s >= start.step_s:
+            return start
+        return Start(self.formulation.layer_choice(found.choice), found.step_s, start.bucket_bytes)
+
+    @property
+    def _has_few_pairs(self) -> bool:
+        pairs = sum(costs.size for costs in self.formulation.problem.edge_s.values())
+        return pairs <= FEW_PAIRS and self.table.space.mesh.size <= FEW_RANKS
 
     def _choice_fits(self, choice: Sequence[int]) -> bool:
         if self._limit_bytes is None:

@@ -38,6 +38,13 @@ class Formulation:
         """Return the position of every layer's split for a choice of options."""
         return tuple(options[choice[v]] for options, v in zip(self.options, self.variable_of, strict=True))
 
+    def options_of(self, choice: Sequence[int]) -> Choice:
+        """Return the option of every variable in a choice of splits."""
+        firsts: dict[int, int] = {}
+        for layer, v in enumerate(self.variable_of):
+            firsts.setdefault(v, layer)
+        return tuple(self.options[firsts[v]].index(choice[firsts[v]]) for v in range(len(firsts)))
+
     def pinned(self, allowed: Mapping[int, Sequence[int]]) -> tuple["Formulation", Problem]:
         """Return the formulation and problem in which some layers keep only these of their splits."""
         keep = [np.arange(len(costs)) for costs in self.problem.node_s]

@@ -48,7 +48,7 @@ def improved(around: Neighbourhood, start: Choice, bucket_bytes: int, max_trials
     members: list[list[int]] = [[] for _ in formulation.problem.node_s]
     for layer, v in enumerate(formulation.variable_of):
         members[v].append(layer)
-    picked = [formulation.options[layers[0]].index(start[layers[0]]) for layers in members]
+    picked = list(formulation.options_of(start))
     floor, steps = Floor(around.unhidden, picked), Resimulation(around.table, start, bucket_bytes)
     best_s = steps.step_s()
     trials = itertools.count()
