@@ -38,12 +38,16 @@ class Formulation:
         """Return the position of every layer's split for a choice of options."""
         return tuple(options[choice[v]] for options, v in zip(self.options, self.variable_of, strict=True))
 
+    def members(self) -> list[list[int]]:
+        """Return the layers of every variable, those tied to each other; none is empty."""
+        found: list[list[int]] = [[] for _ in self.problem.node_s]
+        for layer, v in enumerate(self.variable_of):
+            found[v].append(layer)
+        return found
+
     def options_of(self, choice: Sequence[int]) -> Choice:
         """Return the option of every variable in a choice of splits."""
-        firsts: dict[int, int] = {}
-        for layer, v in enumerate(self.variable_of):
-            firsts.setdefault(v, layer)
-        return tuple(self.options[firsts[v]].index(choice[firsts[v]]) for v in range(len(firsts)))
+        return tuple(self.options[layers[0]].index(choice[layers[0]]) for layers in self.members())
 
     def pinned(self, allowed: Mapping[int, Sequence[int]]) -> tuple["Formulation", Problem]:
         """Return the formulation and problem in which some layers keep only these of their splits."""

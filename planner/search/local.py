@@ -45,9 +45,7 @@ def improved(around: Neighbourhood, start: Choice, bucket_bytes: int, max_trials
         max_trials: simulated steps after which it ends; a count, so that the plan does not depend on the clock.
     """
     formulation = around.formulation
-    members: list[list[int]] = [[] for _ in formulation.problem.node_s]
-    for layer, v in enumerate(formulation.variable_of):
-        members[v].append(layer)
+    members = formulation.members()
     picked = list(formulation.options_of(start))
     floor, steps = Floor(around.unhidden, picked), Resimulation(around.table, start, bucket_bytes)
     best_s = steps.step_s()

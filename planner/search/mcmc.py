@@ -115,10 +115,9 @@ def mcmc_choice(
 
 def starts(table: CostTable, formulation: Formulation, seed: int = SEED) -> Iterator[Choice]:
     """Yield the options of every variable to start from: data parallelism, where it is legal, and random ones."""
-    members = _members(formulation)
     try:
         data = fixed_strategy("data", table, formulation).choice
-        yield tuple(formulation.options[layers[0]].index(data[layers[0]]) for layers in members)
+        yield formulation.options_of(data)
     except (InfeasibleError, UsageError):  # samples are not to be split; too large a table for the layers between
         pass
     rng = np.random.default_rng(seed)
@@ -127,7 +126,7 @@ def starts(table: CostTable, formulation: Formulation, seed: int = SEED) -> Iter
 
 def walk(table: CostTable, formulation: Formulation, start: Choice, rules: Rules, rng: np.random.Generator) -> Walk:
     """Walk from one start, given as the option of every variable."""
-    members = _members(formulation)
+    members = formulation.members()
     sizes = [len(costs) for costs in formulation.problem.node_s]
     free = [v for v, size in enumerate(sizes) if size > 1]
     options = list(start)
@@ -162,14 +161,6 @@ def walk(table: CostTable, formulation: Formulation, start: Choice, rules: Rules
         if after <= 0 and new_s < best_s * (1 - 1e-12):
             best, best_s, improved_at = tuple(options), new_s, done
     return Walk(best, best_s, done)
-
-
-def _members(formulation: Formulation) -> list[list[int]]:
-    """Return the layers of every variable."""
-    members: list[list[int]] = [[] for _ in formulation.problem.node_s]
-    for layer, v in enumerate(formulation.variable_of):
-        members[v].append(layer)
-    return members
 
 
 class _Memory:
