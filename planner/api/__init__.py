@@ -18,9 +18,8 @@ from planner.api.machine import (
     refuse_unknown_accelerator,
     time_layers,
 )
+from planner.api.options import Options, Origin
 from planner.api.planning import (
-    Options,
-    Origin,
     Planner,
     example_inputs,
     measure_layers,

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from planner.api.machine import Machine, machine_of
-from planner.api.planning import Options, Origin, Planner, options_of, prepare
+from planner.api.options import Options, Origin, options_of
+from planner.api.planning import Planner, prepare
 from planner.cost.model import LayerCost
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable

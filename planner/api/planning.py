@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ from planner.profile.table import Measurement
 from planner.search.auto import SOLVERS, Planned, Search, Start
 from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits, Status
-from planner.space.constraints import NO_CONSTRAINTS, Constraints, texts
+from planner.space.constraints import texts
 from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
 
 if TYPE_CHECKING:
@@ -38,79 +38,13 @@ if TYPE_CHECKING:
 from planner.api.baselines import Baseline, baselines
 from planner.api.machine import Machine, machine_of, time_layers
 from planner.api.meshes import Counts, fewer_meshes, whole_meshes
+from planner.api.options import Options, Origin, options_of
 from planner.api.tour import EQUAL, Tour, fastest
 
 _log = logging.getLogger(__name__)
 
 MEASURE_TARGET_S = 1.0
 """Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a user may ask of a plan beside model and machine.
-
-    Attributes:
-        solver: a name of ``planner.search.auto.SOLVERS``.
-        memory_limit_bytes: per device; the smallest device's memory where None.
-        precision: ``fp32``, ``tf32`` or ``bf16`` (autocast).
-        optimizer: ``sgd``, ``momentum`` or ``adam``.
-        sync_batch_norm: statistics over the global batch (as one device) or each rank's own.
-        io: ``per-rank`` or ``global``; per-rank where every rank gets a sample, if None.
-        dimensions: that may be split; a fixed strategy as the solver adds its own to the default.
-        mesh: such as ``node=2,gpu=4``; candidates are searched where None.
-        time_limit_s: for the integer program and for further candidate meshes.
-        constraints: on single layers.
-        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``; it is priced, but the
-            runtime does not execute it yet.
-        all_devices: use all devices even where fewer are faster.
-    """
-
-    solver: str = "auto"
-    memory_limit_bytes: int | None = None
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
-    sync_batch_norm: bool = True
-    io: Literal["per-rank", "global"] | None = None
-    dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
-    mesh: str | None = None
-    time_limit_s: float = 60.0
-    constraints: Constraints = NO_CONSTRAINTS
-    parameter_sharding: Literal["none", "optimizer", "full"] = "none"
-    all_devices: bool = False
-
-
-def options_of(**asked: Any) -> Options:
-    """Return the options of keyword arguments: the fields of ``Options``, and ``pin``, ``forbid`` and ``tie``.
-
-    The last three are texts, or sequences of them, as on the command line (``Constraints.of``).
-
-    Raises:
-        UsageError: an option is unknown, or its value is of no use.
-    """
-    texts = {name: asked.pop(name) for name in ("pin", "forbid", "tie") if name in asked}
-    if texts and "constraints" in asked:
-        raise UsageError("give either constraints or pin, forbid and tie")
-    if texts:
-        lists = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in texts.items()}
-        asked["constraints"] = Constraints.of(**lists)
-    known = [each.name for each in fields(Options)]
-    for name in asked:
-        if name not in known:
-            raise UnknownNameError("option", name, [*known, "pin", "forbid", "tie"])
-    if not isinstance(asked.get("constraints", NO_CONSTRAINTS), Constraints):
-        raise UsageError("constraints must be a planner.api.Constraints; or give pin=[...], forbid=[...], tie=[...]")
-    return Options(**asked)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a model comes from, for the plan's provenance."""
-
-    name: str = ""
-    source: str = ""
-    arguments: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    command: str = ""
 
 
 @dataclass(frozen=True)

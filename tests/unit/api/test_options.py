@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from planner.api import Constraints, Options
-from planner.api.planning import options_of
+from planner.api.options import options_of
 from planner.errors import LayerwiseError, UsageError
 
 
