@@ -62,7 +62,7 @@ FEW_PAIRS: Final = 60_000
 FEW_RANKS: Final = 64
 """Of the mesh, likewise: `optcnn` looks at the boxes of every rank."""
 FEW_LAYERS: Final = 60
-"""Of networks on which random walks (``planner.search.mcmc``) start from the best plan."""
+"""Of the network, likewise; on such ones random walks (``planner.search.mcmc``) start from the best plan."""
 WALKS: Final = (10.0, 100.0)
 """Their sharpness."""
 WALK_PROPOSALS: Final = 2000
@@ -263,7 +263,7 @@ class Search:
     @property
     def _has_few_pairs(self) -> bool:
         pairs = sum(costs.size for costs in self.formulation.problem.edge_s.values())
-        return pairs <= FEW_PAIRS and self.table.space.mesh.size <= FEW_RANKS
+        return pairs <= FEW_PAIRS and self.table.space.mesh.size <= FEW_RANKS and len(self.table.layers) <= FEW_LAYERS
 
     def _choice_fits(self, choice: Sequence[int]) -> bool:
         if self._limit_bytes is None:

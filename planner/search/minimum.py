@@ -66,6 +66,14 @@ def minimise(problem: Problem, start: Choice | None = None, max_dominance: float
 
 def _eliminated(problem: Problem, max_work: float) -> Choice | None:
     """Return the optimum, if it takes no more than so much work."""
+    if 1 not in problem.sizes:
+        return _scheduled(problem, max_work)
+    smaller, left = folded(problem)  # of a fixed strategy next to nothing is left
+    found = _scheduled(smaller, max_work)
+    return unfolded(found, left, [np.arange(n) for n in problem.sizes]) if found is not None else None
+
+
+def _scheduled(problem: Problem, max_work: float) -> Choice | None:
     plan = schedule(problem)
     return eliminate(plan) if plan.work <= max_work and plan.kept <= MAX_KEPT else None
 

@@ -1,5 +1,6 @@
 import _thread
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -105,9 +106,13 @@ def test_ctrl_c_leaves_neither_ranks_nor_their_children(tmp_path: Path) -> None:
         _thread.interrupt_main()
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_local("support.ranks:stay", str(tmp_path), num_ranks=2, timeout_s=90)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_local("support.ranks:stay", str(tmp_path), num_ranks=2, timeout_s=90)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     pids = [pid for pids in pids_in(tmp_path) for pid in pids]
     assert len(pids) == 4
