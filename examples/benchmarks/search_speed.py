@@ -3,7 +3,8 @@
     python -m examples.benchmarks.search_speed [--network resnet50 ...] [--machine 8x8-a100-ib400 ...] [-o FILE.csv]
 
 All dimensions are allowed (sample, height, width, out_channel, in_channel). ``seconds`` are of the search, cost tables
-included, on the mesh of whole levels, then over meshes as well. Every case runs in a process of its own, whose
+included, on the mesh of whole levels, then over meshes as well, with the fixed strategies on spaces of their own beside
+them, as ``layerwise plan`` does. Every case runs in a process of its own, whose
 largest memory is ``peak_mib``. Nothing is measured on the machines that are planned for: layers are priced
 by their data sheets. torchvision and timm networks need ``pip install 'layerwise[zoo]'``.
 """
@@ -60,7 +61,11 @@ def case(network: str, machine_name: str, *, all_meshes: bool) -> dict[str, obje
     start = time.perf_counter()
     planner = prepare(loaded.module, inputs, machine, Options(dimensions=DIMENSIONS, mesh=mesh), Origin(network))
     traced = time.perf_counter()
-    search, planned = planner.best()
+    if all_meshes:
+        search, planned = planner.best()
+    else:
+        search = planner.search(planner.meshes()[0])
+        planned = search.solve("auto")
     ended = time.perf_counter()
     graph: LayerGraph = planner.traced.layers
     return {

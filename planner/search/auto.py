@@ -59,7 +59,7 @@ QUICK: Final = ("hypar", "pase")
 """Those from which local search starts on any network; the others take longer than all the rest of ``auto``."""
 FEW_PAIRS: Final = 60_000
 """Pairs of options on all edges up to which local search starts from all published ones."""
-FEW_RANKS: Final = 64
+FEW_RANKS: Final = 32
 """Of the mesh, likewise: `optcnn` looks at the boxes of every rank."""
 FEW_LAYERS: Final = 60
 """Of the network, likewise; on such ones random walks (``planner.search.mcmc``) start from the best plan."""
