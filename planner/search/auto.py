@@ -249,7 +249,10 @@ class Search:
         for number, sharpness in enumerate(WALKS):
             if len(self.table.layers) <= FEW_LAYERS and self.lower_bound_s() < best.step_s * (1 - ILP_GAP):
                 descend(self._walked_from(best, sharpness, number))
-        return replace(self._planned("auto", best.choice), lower_bound_s=self.lower_bound_s())
+        again = self._start(best.choice, "auto")  # other buckets may suit it better, or those of its start be left out
+        bucket_bytes = min(best, again, key=lambda start: start.step_s).bucket_bytes
+        timeline = simulate(self.table, best.choice, bucket_bytes)
+        return Planned("auto", best.choice, bucket_bytes, timeline, Status.FEASIBLE, self.lower_bound_s())
 
     def _walked_from(self, start: Start, sharpness: float, number: int) -> Start:
         """Return the best that a random walk comes by: changes of several variables that only pay together."""

@@ -99,3 +99,13 @@ def test_buckets_are_tried_from_one_that_holds_all_no_smaller_than_makes_sense()
     assert sizes == sorted(sizes)
     assert sizes[-1] >= total > sizes[-2]
     assert total / planner.search.auto.MAX_BUCKETS <= sizes[0]
+
+
+def test_a_plan_keeps_the_buckets_of_its_start_where_the_usual_ones_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(table(), None)
+    best = search.starts()[0]
+    monkeypatch.setattr(search, "bucket_sizes", lambda _: [1])  # a message for every gradient
+    assert simulated_step_s(search.table, best.choice, 1) > best.step_s
+    found = search.refine([best])
+    assert found.timeline.step_s <= best.step_s
+    assert found.bucket_bytes == best.bucket_bytes
