@@ -103,9 +103,13 @@ def test_buckets_are_tried_from_one_that_holds_all_no_smaller_than_makes_sense()
 
 def test_a_plan_keeps_the_buckets_of_its_start_where_the_usual_ones_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     search = Search(table(), None)
-    best = search.starts()[0]
-    monkeypatch.setattr(search, "bucket_sizes", lambda _: [1])  # a message for every gradient
-    assert simulated_step_s(search.table, best.choice, 1) > best.step_s
-    found = search.refine([best])
-    assert found.timeline.step_s <= best.step_s
-    assert found.bucket_bytes == best.bucket_bytes
+    choice = search.fixed("data").choice
+    (best_s, best), *_, (worst_s, worst) = sorted(
+        (simulated_step_s(search.table, choice, size), size) for size in (1, 2**14, 2**16, 2**18)
+    )
+    assert best_s < worst_s
+    start = Start(choice, best_s, best)
+    monkeypatch.setattr(search, "bucket_sizes", lambda _: [worst])
+    found = search.refine([start])
+    assert found.timeline.step_s <= start.step_s
+    assert simulated_step_s(search.table, found.choice, found.bucket_bytes) == found.timeline.step_s
