@@ -22,7 +22,7 @@ from typing import NamedTuple
 from planner.cost.model import Axes
 from planner.cost.overlap import State, Streams
 from planner.cost.sharding import ParameterSharding
-from planner.cost.simulate import simulated_step_s
+from planner.cost.simulate import LayerBackward, simulated_step_s
 from planner.cost.table import CostTable, EdgeCost
 from planner.cost.transfer import Reduction
 from planner.ir.bucket import fill_buckets
@@ -32,17 +32,13 @@ Changes = Mapping[int, int]
 
 
 class _Terms(NamedTuple):
-    """What one layer adds to a step, in seconds, and the levels of what backward sends.
+    """What one layer adds to a step.
 
     Before backward begins and after the reductions have ended (``unhidden_s``), time is a plain sum.
     """
 
     unhidden_s: float
-    sums_s: float
-    sums_levels: int
-    backward_s: float
-    input_s: float
-    input_levels: int
+    backward: LayerBackward
 
 
 class _Trial(NamedTuple):
@@ -96,7 +92,7 @@ class Resimulation:
             self._readers[i].append(j)
         self._priced: dict[tuple[Axes, int], Reduction] = {}
         self._choice = list(choice)
-        self._terms = [_Terms(0.0, 0.0, 0, 0.0, 0.0, 0)] * count
+        self._terms = [_Terms(0.0, LayerBackward(0.0, 0, 0.0, 0.0, 0))] * count
         self._unhidden_s = 0.0
         self._sync: dict[Axes, Mapping[int, int]] = defaultdict(dict)
         self._completed: dict[Axes, Mapping[int, int]] = defaultdict(dict)
@@ -144,11 +140,10 @@ class Resimulation:
             forward_s += float(edge.forward_s[pair])
             backward_s += float(edge.backward_s[pair])
             levels |= int(edge.backward_levels[pair])
-        sums = cost.blocking_backward
         return _Terms(
             forward_s + cost.forward_s + cost.blocking_forward.seconds + cost.update_s,
-            sums.seconds, sums.levels, cost.backward_s + cost.collect_s, backward_s, levels,
-        )  # fmt: skip
+            LayerBackward.of(cost, backward_s, levels),
+        )
 
     def _trial(self, choice: Sequence[int], changed: Iterable[int]) -> _Trial:
         """Return the step of a choice that differs from ours in some layers."""
@@ -211,7 +206,7 @@ class Resimulation:
             idle_s = before.idle_s[j]
             if j < trial.last and streams.is_idle and idle_s is not None:
                 return before.end_s + (streams.now_s - idle_s)
-            _pass_layer(streams, trial.terms[j], trial.launches.get(j, ()))
+            trial.terms[j].backward.run(streams, trial.launches.get(j, ()))
         streams.finish()
         return streams.now_s
 
@@ -227,7 +222,7 @@ class Resimulation:
         for j in range(trial.first, -1, -1):
             states[j] = streams.now_s, streams.state()
             idle_s[j] = streams.now_s if streams.is_idle else None
-            _pass_layer(streams, trial.terms[j], trial.launches.get(j, ()))
+            trial.terms[j].backward.run(streams, trial.launches.get(j, ()))
         streams.finish()
         self._passage = _Passage(states, idle_s, streams.now_s)
 
@@ -235,14 +230,3 @@ class Resimulation:
         streams = Streams(self._level_names, keeps_events=False)
         streams.resume(*self._passage.states[first])
         return streams
-
-
-def _pass_layer(streams: Streams, terms: _Terms, launches: Sequence[Reduction]) -> None:
-    """Run backward of one layer, as ``planner.cost.simulate`` does."""
-    if terms.sums_s:
-        streams.transfer("", terms.sums_s, terms.sums_levels)
-    streams.compute("", terms.backward_s)
-    for reduction in launches:
-        streams.start("", reduction)
-    if terms.input_s:
-        streams.transfer("", terms.input_s, terms.input_levels)

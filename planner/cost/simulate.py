@@ -7,14 +7,16 @@ ended. What sharded parameters add says ``planner.cost.sharding``.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from planner.cost.model import Axes
+from planner.cost.model import Axes, LayerCost
 from planner.cost.overlap import Event, Running, Streams
 from planner.cost.peak import StepMemory, step_memory
 from planner.cost.sharding import ParameterSharding
 from planner.cost.table import CostTable
+from planner.cost.transfer import Reduction
 from planner.ir.bucket import fill_buckets
 from planner.profile.table import Source
 
@@ -70,6 +72,38 @@ def simulate(table: CostTable, choice: Sequence[int], bucket_bytes: int) -> Time
 def simulated_step_s(table: CostTable, choice: Sequence[int], bucket_bytes: int) -> float:
     """Return only the length of the step."""
     return _Simulation(table, choice, keeps_events=False).run(bucket_bytes)
+
+
+class LayerBackward(NamedTuple):
+    """Backward of one layer, in seconds, with the levels of what is sent (``planner.cost.transfer.Price``).
+
+    Attributes:
+        sums_s, sums_levels: partial sums and batch norm statistics.
+        compute_s: gradients, and copying them into buckets.
+        input_s, input_levels: gradients of the inputs on their way to the layers that made them.
+    """
+
+    sums_s: float
+    sums_levels: int
+    compute_s: float
+    input_s: float
+    input_levels: int
+
+    @staticmethod
+    def of(cost: LayerCost, input_s: float, input_levels: int) -> "LayerBackward":
+        """Return backward of a layer of this cost, with these transfers of its inputs' gradients."""
+        sums = cost.blocking_backward
+        return LayerBackward(sums.seconds, sums.levels, cost.backward_s + cost.collect_s, input_s, input_levels)
+
+    def run(self, streams: Streams, launches: Iterable[Reduction], name: str = "") -> None:
+        """Go through it; reductions of the buckets that it completes start before gradients of inputs are sent."""
+        if self.sums_s:
+            streams.transfer(f"{name} sums backward", self.sums_s, self.sums_levels)
+        streams.compute(f"{name} backward", self.compute_s)
+        for reduction in launches:
+            streams.start(f"sync {name}", reduction)
+        if self.input_s:
+            streams.transfer(f"{name} input backward", self.input_s, self.input_levels)
 
 
 class _Simulation:
@@ -155,15 +189,9 @@ class _Simulation:
         backward = self._gathering(order)
         for j in order:
             next(backward, None)
-            name, cost = self._names[j], self._costs[j]
-            sums = cost.blocking_backward
-            if sums.seconds:
-                streams.transfer(f"{name} sums backward", sums.seconds, sums.levels)
-            streams.compute(f"{name} backward", cost.backward_s + cost.collect_s)
-            for axes, num_bytes in buckets.get(j, ()):
-                streams.start(f"sync {name}", self._table.model.reduction(axes, num_bytes))
-            if self._in_backward[j]:
-                streams.transfer(f"{name} input backward", self._in_backward[j], self._in_levels[j])
+            own = LayerBackward.of(self._costs[j], self._in_backward[j], self._in_levels[j])
+            launches = [self._table.model.reduction(axes, num_bytes) for axes, num_bytes in buckets.get(j, ())]
+            own.run(streams, launches, self._names[j])
 
     def _buckets(self, bucket_bytes: int) -> dict[int, list[tuple[Axes, int]]]:
         """Return axes and bytes of the buckets by the layer that completes them; note each layer's share."""
