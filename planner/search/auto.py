@@ -45,6 +45,8 @@ PROMISING: Final = 0.1
 ILP_GAP: Final = 0.01
 """Gap above which ``auto`` asks the integer program for the chain, where it has at most ``ILP_COLUMNS`` columns."""
 ILP_COLUMNS: Final = 6000
+ILP_TOLERANCE: Final = 1e-6
+"""By which its bound is lowered, relative: the program calls constraints met, and costs equal, within tolerances."""
 ILP_NODES: Final = 200
 """Of its branch and bound; a count, so that the plan does not depend on the clock."""
 
@@ -223,11 +225,10 @@ class Search:
         problem = self._chain.problem
         if sum(costs.size for costs in (*problem.node_s, *problem.edge_s.values())) > ILP_COLUMNS:
             return []
-        limits = replace(self._limits, max_nodes=ILP_NODES)
-        solution = self._verified("ilp", lambda problem, _: _solve_ilp(problem, limits), problem)
-        self._ilp_bound_s = solution.lower_bound_s
-        if solution.choice is None:
-            return []
+        solution = _solve_ilp(problem, replace(self._limits, max_nodes=ILP_NODES))
+        if solution.choice is None or problems_of(problem, solution):
+            return []  # there are other starts, and another bound
+        self._ilp_bound_s = solution.lower_bound_s * (1 - ILP_TOLERANCE)
         choice = self._chain.layer_choice(solution.choice)
         return [self._start(choice, "ilp")] if self._choice_fits(choice) else []
 
