@@ -17,12 +17,12 @@ def namespaces_of(pid: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("num_hosts", "rate_bytes_per_s", "num_bytes"), [(2, 12.5e6, 5_000_000), (3, 1e6, 300_000)])
-def test_a_link_has_the_rate_asked_for(num_hosts: int, rate_bytes_per_s: float, num_bytes: int) -> None:
+def test_a_link_is_no_faster_than_asked_for(num_hosts: int, rate_bytes_per_s: float, num_bytes: int) -> None:
     with two_hosts(rate_bytes_per_s, num_hosts) as hosts:
         argument: JsonValue = {"address": hosts.address(1), "port": PORT, "num_bytes": num_bytes}
         seconds, *_ = run_local("support.ranks:transfer", argument, num_ranks=num_hosts, timeout_s=90, hosts=hosts)
     assert isinstance(seconds, float)
-    assert num_bytes / seconds == pytest.approx(rate_bytes_per_s, rel=0.15)
+    assert num_bytes / seconds < 1.15 * rate_bytes_per_s  # a busy machine is slower; how much is no property of the link
 
 
 def test_hosts_are_removed_at_the_end_also_when_the_body_raises() -> None:
