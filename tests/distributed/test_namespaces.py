@@ -22,7 +22,8 @@ def test_a_link_is_no_faster_than_asked_for(num_hosts: int, rate_bytes_per_s: fl
         argument: JsonValue = {"address": hosts.address(1), "port": PORT, "num_bytes": num_bytes}
         seconds, *_ = run_local("support.ranks:transfer", argument, num_ranks=num_hosts, timeout_s=90, hosts=hosts)
     assert isinstance(seconds, float)
-    assert num_bytes / seconds < 1.15 * rate_bytes_per_s  # a busy machine is slower; how much is no property of the link
+    # an upper bound alone: how much slower a busy machine is says nothing of the link
+    assert num_bytes / seconds < 1.15 * rate_bytes_per_s
 
 
 def test_hosts_are_removed_at_the_end_also_when_the_body_raises() -> None:
