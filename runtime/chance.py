@@ -11,6 +11,7 @@ from torch import nn
 from planner.ir import ops as ir
 from planner.ir.mesh import Mesh
 from runtime.communicator import Axes
+from runtime.graphs import uncompiled
 from runtime.state import StepState
 
 _GENERATOR = threading.Lock()
@@ -31,6 +32,7 @@ class Dropout(nn.Module):
         super().__init__()
         self._op, self._key, self._state = op, key, state
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         p = self._op.probability
         if not self.training or p == 0:
@@ -61,6 +63,7 @@ class Seeded(nn.Module):
         super().__init__()
         self.call, self._key, self._state = call, key, state
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         devices = {a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
         with _GENERATOR, torch.random.fork_rng(devices=sorted(d.index for d in devices)):

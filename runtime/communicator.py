@@ -18,6 +18,7 @@ import torch.distributed as dist
 from planner.errors import RunError
 from planner.ir.mesh import Mesh
 from runtime.groups import ProcessGroups
+from runtime.messages import is_direct, start_messages
 
 Axes = tuple[int, ...]
 
@@ -53,6 +54,17 @@ class Communicator(Protocol):
         """Start adding the buffers of the group in place; calls must come in one order on all ranks."""
         ...
 
+    def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        """Start adding the buffers of the group; this rank's of its equal parts comes to ``own``, maybe that part itself.
+
+        Calls must come in one order on all ranks, together with those of ``start_all_gather``.
+        """
+        ...
+
+    def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        """Start putting the equal parts of the group one after the other into ``result``, in one order on all ranks."""
+        ...
+
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         """Return the buffers of the group one after the other; member i gives ``counts[i]`` elements."""
         ...
@@ -69,6 +81,16 @@ class Communicator(Protocol):
         axes: Axes,
     ) -> torch.Tensor:
         """Send consecutive parts of the buffer to the members; return theirs for this rank."""
+        ...
+
+    def start_exchange(
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
+    ) -> Callable[[], torch.Tensor]:
+        """Start an exchange; the result waits for it. No other blocking collective may start before."""
         ...
 
     def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
@@ -99,10 +121,32 @@ class TorchCommunicator:
         work: Pending = dist.all_reduce(buffer, group=self._groups.overlapped(axes), async_op=True)
         return work
 
+    def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        group = self._groups.overlapped(axes)
+        work: Pending
+        if dist.get_backend(group) == "nccl":
+            work = _reduce_scatter(own, buffer, group=group, async_op=True)
+            return work
+        # gloo emulates reduce-scatter by an all-reduce, which moves twice the bytes
+        parts = torch.empty_like(buffer)
+        counts = [own.numel()] * group.size()
+        work = _start_exchange(parts, buffer, counts, counts, group)
+        return _Addends(work, parts, own)
+
+    def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        group = self._groups.overlapped(axes)
+        if is_direct(own, counts := [own.numel()] * group.size()):
+            return start_messages([own] * len(counts), result.split(counts), group)
+        work: Pending = _all_gather(result, own, group=group, async_op=True)
+        return work
+
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         group = self._groups.blocking(axes)
+        result = buffer.new_empty(sum(counts))
+        if is_direct(buffer, counts):
+            start_messages([buffer] * len(counts), result.split(list(counts)), group).wait()
+            return result
         if min(counts) == max(counts):
-            result = buffer.new_empty(sum(counts))
             _all_gather(result, buffer, group=group)
             return result
         size = len(counts)  # no backend gathers uneven pieces: everyone sends its piece to everyone
@@ -126,15 +170,23 @@ class TorchCommunicator:
         receive_counts: Sequence[int],
         axes: Axes,
     ) -> torch.Tensor:
+        return self.start_exchange(buffer, send_counts, receive_counts, axes)()
+
+    def start_exchange(
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
+    ) -> Callable[[], torch.Tensor]:
         result = buffer.new_empty(sum(receive_counts))
-        dist.all_to_all_single(
-            result,
-            buffer,
-            list(receive_counts),
-            list(send_counts),
-            group=self._groups.blocking(axes),
-        )
-        return result
+        work = _start_exchange(result, buffer, receive_counts, send_counts, self._groups.blocking(axes))
+
+        def arrived() -> torch.Tensor:
+            work.wait()
+            return result
+
+        return arrived
 
     def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
         everyone = tuple(range(len(self.mesh.axes)))
@@ -155,6 +207,35 @@ class TorchCommunicator:
         if self.mesh.axes:
             everyone = tuple(range(len(self.mesh.axes)))
             dist.broadcast(tensor, src=self.mesh.ranks[0], group=self._groups.blocking(everyone))
+
+
+def _start_exchange(
+    result: torch.Tensor,
+    buffer: torch.Tensor,
+    receive_counts: Sequence[int],
+    send_counts: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Pending:
+    """Start sending consecutive parts of a buffer to the members of a group, and putting theirs into another."""
+    receives, sends = list(receive_counts), list(send_counts)
+    peers = [m for m in range(len(sends)) if m != dist.get_rank(group)]
+    if len(peers) == 1 and is_direct(buffer, [sends[peers[0]], receives[peers[0]]]):
+        return start_messages(buffer.split(sends), result.split(receives), group)
+    work: Pending = dist.all_to_all_single(result, buffer, receives, sends, group=group, async_op=True)
+    return work
+
+
+@dataclass
+class _Addends:
+    """Addends of one sum on their way to this rank."""
+
+    work: Pending
+    parts: torch.Tensor
+    own: torch.Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        torch.sum(self.parts.view(-1, self.own.numel()), 0, out=self.own)
 
 
 @dataclass
@@ -209,6 +290,16 @@ class ThreadCommunicator:
         self.all_reduce(buffer, axes)
         return _Done()
 
+    def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        index = members_of(self.mesh, self.position, axes).index(self.position)
+        found = torch.stack(self._tensors(buffer, axes)).sum(0)
+        own.copy_(found.view(-1, own.numel())[index])
+        return _Done()
+
+    def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        result.copy_(torch.cat(self._tensors(own, axes)))
+        return _Done()
+
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         found = self._tensors(buffer, axes)
         assert [b.numel() for b in found] == list(counts)
@@ -232,6 +323,16 @@ class ThreadCommunicator:
         parts = [parts[index] for parts in everyone]  # type: ignore[index]  # tuples of tensors, as put in above
         assert [p.numel() for p in parts] == list(receive_counts)
         return torch.cat(parts)
+
+    def start_exchange(
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
+    ) -> Callable[[], torch.Tensor]:
+        found = self.exchange(buffer, send_counts, receive_counts, axes)
+        return lambda: found
 
     def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
         found = self._meet(value, tuple(range(len(self.mesh.axes))))

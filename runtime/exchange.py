@@ -1,18 +1,20 @@
 """Runs the steps of ``planner.ir.transfer`` on one rank's tensor, forward and backward."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 
-from planner.errors import MismatchError, RunError
+from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.layout import Cut, Layout
 from planner.ir.region import Region
 from planner.ir.transfer import Step, StepKind, steps, transfers
 from runtime.communicator import Communicator, members_of
+from runtime.packing import Exchange, format_of, new_like
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,15 +34,22 @@ def _guarded(run: Run, step: Step, communicator: Communicator, name: str) -> Run
 
     @functools.wraps(run)
     def guarded(x: torch.Tensor) -> torch.Tensor:
-        try:
+        with named(step.kind, communicator, name):
             return run(x)
-        except RuntimeError as error:
-            raise RunError(
-                f"rank {communicator.mesh.ranks[communicator.position]}: {step.kind} of {name} failed: {error}. "
-                "If a peer died or hangs, see its own message."
-            ) from error
 
     return guarded
+
+
+@contextlib.contextmanager
+def named(kind: StepKind, communicator: Communicator, name: str) -> Iterator[None]:
+    """Name rank, layer and collective where a collective fails in this context."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {communicator.mesh.ranks[communicator.position]}: {kind} of {name} failed: {error}. "
+            "If a peer died or hangs, see its own message."
+        ) from error
 
 
 def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  # a table of kinds
@@ -68,15 +77,23 @@ def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  #
 
 
 def _padded(x: torch.Tensor, shape: tuple[int, ...], inside: tuple[slice, ...]) -> torch.Tensor:
-    result = x.new_zeros(shape)
+    result = new_like(x, shape).zero_()
     result[inside] = x
     return result
+
+
+def _in_format_of(x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Return a result in the memory format of what it was made from.
+
+    Messages have the elements in the order of their indices: no rank needs to know in which format another has them.
+    """
+    return result.contiguous(memory_format=format_of(x)) if result.dim() == x.dim() else result
 
 
 def _all_reduced(x: torch.Tensor, step: Step, communicator: Communicator) -> torch.Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     communicator.all_reduce(result.view(-1), step.axes)
-    return result
+    return _in_format_of(x, result)
 
 
 def _reduce_scatter(step: Step, source: Region, communicator: Communicator) -> Run:
@@ -88,7 +105,7 @@ def _reduce_scatter(step: Step, source: Region, communicator: Communicator) -> R
 
     def run(x: torch.Tensor) -> torch.Tensor:
         packed = torch.cat([x[part].reshape(-1) for part in parts])
-        return communicator.reduce_scatter(packed, counts, step.axes).view(shape)
+        return _in_format_of(x, communicator.reduce_scatter(packed, counts, step.axes).view(shape))
 
     return run
 
@@ -102,35 +119,21 @@ def _all_gather(step: Step, communicator: Communicator) -> Run:
     def run(x: torch.Tensor) -> torch.Tensor:
         found = communicator.all_gather(x.reshape(-1), counts, step.axes)
         if math.prod(whole[: step.dim]) == 1:
-            return found.view(whole)
-        return torch.cat([p.view(s) for p, s in zip(found.split(counts), shapes, strict=True)], step.dim)
+            return _in_format_of(x, found.view(whole))
+        pieces = [p.view(s) for p, s in zip(found.split(counts), shapes, strict=True)]
+        return torch.cat(pieces, step.dim, out=new_like(x, whole))
 
     return run
 
 
 def _exchange(step: Step, communicator: Communicator) -> Run:
-    """Pack the regions that others need of the own piece, exchange, add or copy what comes."""
-    position = communicator.position
-    members = members_of(communicator.mesh, position, step.axes)
-    own, need = step.source.region(position), step.target.region(position)
-    listed = [t for t in _listed(step.source, step.target) if t.source in members and t.target in members]
-    outgoing = [[t.region for t in listed if t.source == position and t.target == m] for m in members]
-    incoming = [[t.region for t in listed if t.target == position and t.source == m] for m in members]
-    sent = [region.slices_in(own) for regions in outgoing for region in regions]
-    placed = [(region.slices_in(need), region.shape) for regions in incoming for region in regions]
-    send_counts = [sum(r.volume for r in regions) for regions in outgoing]
-    receive_counts = [sum(r.volume for r in regions) for regions in incoming]
-    sizes = [math.prod(shape) for _, shape in placed]
+    found = exchange_of(step, communicator)
+    return lambda x: found.run(x, communicator)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        packed = torch.cat([x[part].reshape(-1) for part in sent]) if sent else x.new_empty(0)
-        found = communicator.exchange(packed, send_counts, receive_counts, step.axes)
-        result = x.new_zeros(need.shape)
-        for (part, shape), piece in zip(placed, found.split(sizes), strict=True):
-            result[part] += piece.view(shape)
-        return result
 
-    return run
+def exchange_of(step: Step, communicator: Communicator) -> Exchange:
+    """Return this rank's part in an exchange."""
+    return Exchange.of(step, _listed(step.source, step.target), communicator)
 
 
 _listed = functools.lru_cache(maxsize=256)(transfers)
@@ -171,6 +174,9 @@ class Conversion:
         """Whether nothing is to do in either direction, whatever the batch: both sides are cut alike."""
         return not steps(self.source, self.target) and not steps(self.target.gradient, self.source.gradient)
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Conversion":
+        return self  # it knows nothing of tensors
+
     def compiled(self, batch: Batch, communicator: Communicator) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
         """Return what to run forward and backward.
 
@@ -178,12 +184,7 @@ class Conversion:
             MismatchError: the batch is so small that a rank would get nothing.
         """
         if batch not in self._compiled:
-            source, target = self._resized(self.source, batch), self._resized(self.target, batch)
-            if source.has_empty_piece() or target.has_empty_piece():
-                raise MismatchError(
-                    f"a batch of {batch.size} is too small for this plan: {self.name} would leave a rank without "
-                    "samples. Pass a larger batch, or plan for this one."
-                )
+            source, target = self.layouts(batch)
             if len(self._compiled) >= MAX_BATCH_SIZES:
                 self._compiled.clear()
             self._compiled[batch] = (
@@ -191,6 +192,25 @@ class Conversion:
                 compile_steps(target.gradient, source.gradient, communicator, f"the gradient of {self.name}"),
             )
         return self._compiled[batch]
+
+    def layouts(self, batch: Batch) -> tuple[Layout, Layout]:
+        """Return source and target for a batch.
+
+        Raises:
+            MismatchError: the batch is so small that a rank would get nothing.
+        """
+        source, target = self._resized(self.source, batch), self._resized(self.target, batch)
+        if source.has_empty_piece() or target.has_empty_piece():
+            raise MismatchError(
+                f"a batch of {batch.size} is too small for this plan: {self.name} would leave a rank without "
+                "samples. Pass a larger batch, or plan for this one."
+            )
+        return source, target
+
+    def share(self, batch: Batch, communicator: Communicator) -> float:
+        """Return which share of the elements of the target this rank has; 1 where it has copies of all."""
+        target = self._resized(self.target, batch)
+        return target.region(communicator.position).volume / math.prod(target.shape)
 
     def _resized(self, layout: Layout, batch: Batch) -> Layout:
         """Return a layout for another batch; where every axis cuts the samples, pieces are the users' own."""
@@ -202,6 +222,14 @@ class Conversion:
             sizes = Cut(sizes=tuple(n * rows for n in batch.pieces))
             layout = replace(layout, cuts=(*layout.cuts[:dim], sizes, *layout.cuts[dim + 1 :]))
         return layout
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "backward(create_graph=True) through a parallel module: there is no backward pass of its backward pass, as "
+            "ranks weigh what enters it differently from a loss. Compute gradient penalties on the unparallelized model."
+        )
 
 
 class Convert(torch.autograd.Function):
@@ -217,6 +245,7 @@ class Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        _refuse_second_derivative()
         (gradient,) = gradients
         for run in ctx.backward_steps:
             gradient = run(gradient)
@@ -233,5 +262,6 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        _refuse_second_derivative()
         factor = ctx.factor()
         return gradients[0] if factor == 1.0 else gradients[0] * factor, None

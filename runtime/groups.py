@@ -6,13 +6,18 @@ group holds sockets and threads for as long as the job lives, and a job may make
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch.distributed as dist
 
 from planner.ir.mesh import Mesh
 
 Axes = tuple[int, ...]
+
+FILES_TIMEOUT: Final = timedelta(minutes=30)
+"""Of waiting for the slowest rank's files."""
+_ON_HOST: Final = {"host", "saving", "files"}
+"""Purposes whose messages are between CPUs."""
 
 
 class ProcessGroups:
@@ -70,7 +75,20 @@ def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str) -> dist.Pr
         _Job.groups.clear()
     key = (enumeration, timeout, purpose)
     if key not in _Job.groups:
-        backend = "gloo" if purpose == "host" else None
+        backend = "gloo" if purpose in _ON_HOST else None
         listed = [list(group) for group in enumeration]
         _Job.groups[key], _ = dist.new_subgroups_by_enumeration(listed, timeout=timeout, backend=backend)
     return _Job.groups[key]
+
+
+def saving_group(mesh: Mesh) -> dist.ProcessGroup:
+    """Return the group of all ranks on which a thread behind training saves checkpoints.
+
+    It is made at the first call, which every rank must make in the same place.
+    """
+    return _shared(mesh, tuple(range(len(mesh.axes))), FILES_TIMEOUT, "saving")
+
+
+def files_group(mesh: Mesh) -> dist.ProcessGroup:
+    """Return the group of all ranks on which they wait for each other's files; made as the one for saving."""
+    return _shared(mesh, tuple(range(len(mesh.axes))), FILES_TIMEOUT, "files")

@@ -1,6 +1,7 @@
 """From a traced model and a plan to the parallel module: sharded operators, transfers in between."""
 
 import copy
+import functools
 import operator
 import types
 from collections.abc import Callable, Iterator
@@ -10,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from planner.errors import UsageError
 from planner.frontend.batch import sample_size
 from planner.frontend.calls import RANDOM, Call, function_name, is_in_place, plain_name, tensor_inputs
 from planner.frontend.drafts import is_structure
@@ -19,22 +19,23 @@ from planner.frontend.proxy import write_items
 from planner.frontend.recognize import operands
 from planner.frontend.trace import attribute
 from planner.ir import ops as ir
-from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
+from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer
-from planner.ir.layout import Whole
-from planner.ir.rules import InputOutput, LayerLayouts, layouts, reduced_axes
+from planner.ir.layout import Layout, Whole
+from planner.ir.rules import LayerLayouts, layouts, reduced_axes
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
-from planner.ir.transfer import steps
+from planner.ir.transfer import is_halo, steps
 from planner.plan.schema import Plan
 from runtime.chance import Dropout, Seeded, shard_key
 from runtime.communicator import Axes
 from runtime.exchange import Conversion
+from runtime.halo import Geometry, HaloCall
 from runtime.norms import BatchNorm, Normalise
 from runtime.ops import InTraining, LocalLoss, Redistribution, WithScaledGradients, written_items
 from runtime.params import LocalParameters
-from runtime.pieces import Piece, broadcast_index, on_piece
-from runtime.products import Bias, OfArguments, Product, ProductCall, scaled
+from runtime.pieces import Local, Piece, broadcast_index, on_piece
+from runtime.products import Bias, OfArguments, Product, scaled
 from runtime.state import BatchSize, StepState
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
@@ -61,6 +62,7 @@ class Lowered:
             order in which backward makes the gradients ready.
         replicas: by identity of a local parameter, how many ranks hold the same piece.
         pieces: local parameters by identity of the whole ones.
+        cut: by name, the layout of every parameter and buffer that a layer reads.
     """
 
     graph: fx.Graph
@@ -69,6 +71,7 @@ class Lowered:
     synchronised: list[tuple[str, nn.Parameter, Axes]]
     replicas: dict[int, int]
     pieces: dict[int, nn.Parameter]
+    cut: dict[str, Layout]
 
 
 def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
@@ -89,33 +92,6 @@ def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
     return {axes for axes in found | {everyone} if axes}
 
 
-def refuse_space(plan: Plan) -> None:
-    """Check that a plan splits nothing by space, which cannot be run yet.
-
-    Raises:
-        UsageError: with the first layer that is.
-    """
-    for layer, split in plan.strategy.items():
-        if space := SPATIAL_DIMENSIONS & set(split.dimensions):
-            raise UsageError(
-                f"the plan splits layer {layer!r} by {', '.join(sorted(space))}: such plans can be priced and "
-                "compared, but not run yet. Plan with --dims sample,out_channel,in_channel."
-            )
-
-
-def refuse_sharding(plan: Plan) -> None:
-    """Check that every rank is to hold its parameters whole; pieces of them cannot be run yet.
-
-    Raises:
-        UsageError: the plan shards parameters.
-    """
-    if (sharding := plan.stages[0].parameter_sharding) != "none":
-        raise UsageError(
-            f"the plan has parameter sharding {sharding!r}: such plans can be priced and compared, but not run yet. "
-            "Plan with --parameter-sharding none, and another --solver than fsdp."
-        )
-
-
 class Lowering:
     """Rewrites one traced model for one rank."""
 
@@ -131,16 +107,20 @@ class Lowering:
             layer.id: layouts(layer, traced.layers.inputs_of(layer), self._mesh, self._strategy[layer.id])
             for layer in traced.layers.layers
         }
+        self._overlapped = {layer.id for stage in plan.stages for layer in stage.layers if layer.overlap}
         self._values: dict[LayerId, fx.Node] = {}
         self._origins: dict[LayerId, LayerId] = {}
         self._params = LocalParameters(
             model, traced.layers.layers, self._layouts, self._mesh, state.communicator.position
         )  # fmt: skip
 
+    def share(self, other: Lowered, gradient_scale: float) -> None:
+        """Work on the parameters of another lowered graph of the model, with gradients as large as there."""
+        self._params.pieces, self._params.cut = other.pieces, other.cut
+        self._params.replicas, self._params.gradient_scale = other.replicas, gradient_scale
+
     def run(self) -> Lowered:
         """Rewrite the graph layer by layer."""
-        refuse_space(self._plan)
-        refuse_sharding(self._plan)
         self._state.gradient_scale = self._params.gradient_scale
         outputs: list[fx.Node] = []
         for layer in self._traced.layers.layers:
@@ -159,7 +139,7 @@ class Lowering:
         self._graph.lint()
         ready = list(reversed(self._params.synchronised.values()))
         state, params = {**self._modules, **self._attributes}, self._params
-        return Lowered(self._graph, state, self._transient(), ready, params.replicas, params.pieces)
+        return Lowered(self._graph, state, self._transient(), ready, params.replicas, params.pieces, params.cut)
 
     # ---- layers
 
@@ -206,11 +186,23 @@ class Lowering:
         is_input, is_output = isinstance(producer.op, ir.Input), isinstance(layer.op, ir.Output)
         if not (is_input or is_output) and not steps(have, need) and not steps(need.gradient, have.gradient):
             return value
-        samples = _samples(producer.output)
-        conversion = Conversion(have, need, f"{producer.id} for {layer.id}", samples)
-        factor = _of_input if is_input else (self._output_factor(samples) if is_output else None)
+        if self._fetches_halo(layer):
+            return value
+        conversion = self._conversion(layer, position)
+        factor = _of_input if is_input else (functools.partial(_of_output, conversion) if is_output else None)
         move = Redistribution(conversion, self._state, factor)
         return self._insert(layer, f"transfers.{_plain(layer.id)}", move, value)
+
+    def _conversion(self, layer: Layer, position: int) -> Conversion:
+        producer = self._traced.layers[layer.inputs[position]]
+        have, need = self._layouts[producer.id].output, self._layouts[layer.id].inputs[position]
+        return Conversion(have, need, f"{producer.id} for {layer.id}", _samples(producer.output))
+
+    def _fetches_halo(self, layer: Layer) -> bool:
+        """Return whether a layer's operator gets the rows of neighbours itself (``runtime.halo``)."""
+        if not isinstance(layer.op, ir.Conv) or layer.op.computed_weight or layer.op.padding_mode != "zeros":
+            return False
+        return is_halo(self._layouts[layer.inputs[0]].output, self._layouts[layer.id].inputs[0])
 
     def _insert(self, layer: Layer, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
         """Call a new module of a layer on a value, right behind it; return the node with the result."""
@@ -219,10 +211,6 @@ class Lowering:
             node = self._graph.call_module(self._add(f"{name}_{len(self._modules)}", module), (value,))
         node.meta |= {"val": value.meta.get("val"), LAYER: layer.id}
         return node
-
-    def _output_factor(self, samples: tuple[int, int] | None) -> Any:
-        per_rank = samples is not None and self._plan.input_output is InputOutput.PER_RANK
-        return _of_own_samples if per_rank else _of_whole
 
     def _replace_outputs(self, converted: list[fx.Node]) -> None:
         """Return the converted tensors, in the structure that the user's model returns."""
@@ -263,8 +251,8 @@ class Lowering:
                 self._custom(layer, node, original)
             case ir.GroupNorm() if self._is_cut(layer):
                 return self._group_norm(layer, node, op, original)
-            case ir.Reshape() if self._is_cut(layer):
-                return self._on_piece(layer, node, op)
+            case _ if self._has_own_sizes(layer, op):
+                return self._resolved(layer, self._on_piece(layer, node, op))
             case ir.Elementwise("identity") if _reshapes(node, original):
                 return self._swap_call(node, torch.Tensor.contiguous)  # its sizes are those of the whole batch
             case _:
@@ -280,6 +268,17 @@ class Lowering:
         samples = layer.output.sample_dim
         return any(isinstance(p, int) and p != samples for p in self._layouts[layer.id].output.placements)
 
+    def _cuts_space(self, layer: Layer) -> bool:
+        """Return whether a rank reads or computes a part of space only."""
+        return not self._piece(layer, self._layouts[layer.id].computed).has_whole_space
+
+    def _has_own_sizes(self, layer: Layer, op: ir.Op) -> bool:
+        """Return whether an operator on this rank's piece has other sizes than the user wrote."""
+        if isinstance(op, ir.Reshape):
+            return self._is_cut(layer)
+        looks_around = ir.Conv | ir.Pool | ir.AdaptivePool | ir.Interpolate | ir.PixelShuffle
+        return isinstance(op, looks_around) and self._cuts_space(layer)
+
     def _as_it_is(self, layer: Layer, node: fx.Node, original: nn.Module | None, *, keeps_in_place: bool) -> None:
         """Keep an operator; a write into a tensor that others may read becomes a new tensor."""
         in_place = is_in_place(node, original) and not keeps_in_place
@@ -288,7 +287,8 @@ class Lowering:
             if in_place:
                 module = copy.copy(original)
                 module.inplace = False  # type: ignore[assignment]  # the attribute of element-wise modules
-                node.target = self._add(f"{name}_out_of_place_{len(self._modules)}", module)
+                own = name if name not in self._modules else f"{name}_out_of_place_{len(self._modules)}"
+                node.target = self._add(own, module)
             elif name not in self._modules:
                 self._add(name, self._whole_module(layer, original))
         elif in_place:
@@ -359,18 +359,20 @@ class Lowering:
         self._graph.erase_node(node)
         return new
 
-    def _piece(self, layer: Layer) -> Piece:
-        """Return what this rank reads of a layer and what its consumers see."""
+    def _piece(self, layer: Layer, output: Layout | None = None) -> Piece:
+        """Return what this rank reads of a layer, and its region of the output: as consumers see it, or as given."""
         mine, position = self._layouts[layer.id], self._state.communicator.position
         sources = tuple(layout.region(position) for layout in mine.inputs)
         inputs = self._traced.layers.inputs_of(layer)
-        return Piece(inputs, sources, layer.output, mine.output.region(position))
+        return Piece(inputs, sources, layer.output, (output or mine.output).region(position))
 
     def _on_piece(self, layer: Layer, node: fx.Node, op: ir.Op, *arguments: Any) -> fx.Node:
         """Replace an operator by its version for this rank's piece."""
-        call = OfArguments(
-            on_piece(op, self._piece(layer), torch.clone)
-        )  # it has a local form: the whole is not called
+        piece = self._piece(layer, self._layouts[layer.id].computed)
+        call = OfArguments(on_piece(op, piece, torch.clone))  # it has a local form: the whole is not called
+        if isinstance(op, ir.Conv):  # of a computed weight
+            operand = operands(Call.of(node, self._model))
+            arguments = operand["weight"], operand["bias"]
         name = self._add(f"pieces.{_plain(node.name)}_{len(self._modules)}", call)
         with self._graph.inserting_after(node):
             new = self._graph.call_module(name, (tensor_inputs(node)[0], *arguments))
@@ -432,10 +434,15 @@ class Lowering:
         mine = self._layouts[layer.id]
         adds_bias = not steps(mine.computed, mine.output)
         num_spatial = 0 if isinstance(op, ir.Linear) else len(op.kernel)
+        call = self._product_call(layer, op)
         if original is not None:
             name = str(node.target)
             if name not in self._modules:  # a module that is called twice is tied to one split
-                self._add(name, self._product_module(layer, op, original, adds_bias))
+                self._add(name, self._product_module(layer, original, call, adds_bias))
+            elif self._cuts_space(layer):  # but its inputs may have other sizes
+                product = self._modules[name]
+                assert isinstance(product, Product)
+                node.args = (*node.args, product.with_call(call))
             product = self._modules[name]
             if adds_bias:
                 return node
@@ -443,7 +450,6 @@ class Lowering:
             bias = Bias(product.scaled_bias, num_spatial) if product.bias is not None else None
         else:
             operand = operands(Call.of(node, self._model))
-            call = ProductCall(op, self._groups(op, attribute(self._model, _target(operand["weight"])), layer))
             read = operand["bias"]
             name = self._add(f"products.{_plain(node.name)}_{len(self._modules)}", OfArguments(call))
             with self._graph.inserting_before(node):
@@ -454,6 +460,22 @@ class Lowering:
             if adds_bias:
                 return node
             bias = None if read is None else Bias(self._reader(_target(read)), num_spatial)
+        return self._resolved(layer, node, bias)
+
+    def _product_call(self, layer: Layer, op: Any) -> Local:
+        """Return a product on this rank's piece, from its input, weight and bias."""
+        piece = self._piece(layer, self._layouts[layer.id].computed)
+        if not self._fetches_halo(layer):
+            return on_piece(op, piece, torch.clone)  # it has a local form
+        factor = _of_input if isinstance(self._traced.layers[layer.inputs[0]].op, ir.Input) else None
+        overlapped = layer.id in self._overlapped
+        return HaloCall(self._conversion(layer, 0), Geometry.of(op, piece), overlapped, self._state, factor)
+
+    def _resolved(self, layer: Layer, node: fx.Node, bias: Bias | None = None) -> fx.Node:
+        """Turn what a layer computes into what its consumers see; behind it a bias is added."""
+        mine = self._layouts[layer.id]
+        if not steps(mine.computed, mine.output):
+            return node
         conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", _samples(layer.output))
         users = list(node.users)
         result = self._insert(layer, f"sums.{_plain(layer.id)}", Redistribution(conversion, self._state), node)
@@ -463,34 +485,21 @@ class Lowering:
             user.replace_input_with(node, result)
         return result
 
-    def _groups(self, op: Any, weight: torch.Tensor, layer: Layer) -> int:
-        """Return the groups of this rank's piece of a convolution."""
-        groups = getattr(op, "groups", 1)
-        if groups == 1:
-            return 1
-        piece, _ = self._params.local(layer, weight)
-        return int(groups * piece.shape[0] // weight.shape[0])
-
-    def _product_module(self, layer: Layer, op: Any, original: nn.Module, adds_bias: bool) -> nn.Module:
+    def _product_module(self, layer: Layer, original: nn.Module, call: Local, adds_bias: bool) -> nn.Module:
         whole = getattr(original, "weight")  # noqa: B009  # a product has one
         weight, factor = self._params.local(layer, whole)
         bias, bias_factor = None, 1.0
         if original.bias is not None:
             bias, bias_factor = self._params.local(layer, original.bias)  # type: ignore[arg-type]  # a tensor
-        if adds_bias and weight is whole and factor == bias_factor == 1.0:
+        if adds_bias and weight is whole and factor == bias_factor == 1.0 and not self._cuts_space(layer):
             return original
         assert isinstance(weight, nn.Parameter)
-        call = ProductCall(op, self._groups(op, whole, layer))
         return Product(call, weight, bias, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter
 
     def _reader(self, name: str) -> Any:
-        """Return a function that returns a local parameter whose gradient has this rank's factor."""
-
-        def read() -> torch.Tensor:
-            found: torch.Tensor = scaled(self._attributes[name], self._params.factors.get(name, 1.0))
-            return found
-
-        return read
+        """Return a function that returns a local parameter whose gradient has this rank's factor; it can be copied."""
+        piece = self._params.pieces[id(attribute(self._model, name))]
+        return functools.partial(scaled, piece, self._params.factors.get(name, 1.0))
 
     def _batch_norm(self, layer: Layer, node: fx.Node, op: ir.BatchNorm, original: nn.Module | None) -> None:
         axes = reduced_axes(layer.output, self._layouts[layer.id].output) if self._plan.sync_batch_norm else ()
@@ -553,7 +562,7 @@ class Lowering:
             else:
                 piece, factor = self._params.local(layers[name], tensor)
                 self._attributes[path] = piece
-                if factor != 1.0 and isinstance(piece, nn.Parameter) and piece.requires_grad:
+                if factor != 1.0 and isinstance(piece, nn.Parameter):
                     with self._graph.inserting_after(node):
                         new = self._graph.call_function(scaled, (node, factor))
                     node.replace_all_uses_with(new, lambda user, new=new: user is not new)
@@ -643,11 +652,6 @@ def _of_input(state: StepState) -> float:
     return 1.0 / state.gradient_scale
 
 
-def _of_whole(state: StepState) -> float:
-    return state.gradient_scale
-
-
-def _of_own_samples(state: StepState) -> float:
-    """Return rank r's share n_r / N of the mean over the batch, times the scale of all gradients."""
-    batch = state.current_batch()
-    return state.rank_samples / batch.size * state.gradient_scale
+def _of_output(conversion: Conversion, state: StepState) -> float:
+    """Return the share of an output that this rank's loss is the mean of, times the scale of all gradients."""
+    return conversion.share(state.current_batch(), state.communicator) * state.gradient_scale

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from planner.ir import ops as ir
 from runtime.communicator import Axes, Communicator, group_size
+from runtime.graphs import uncompiled
 from runtime.products import scaled
 from runtime.state import StepState
 
@@ -49,6 +50,20 @@ class Normalise(nn.Module):
         by_batch = self.training or running_mean is None
         if not by_batch or not self._axes:
             return functional.batch_norm(x, running_mean, running_var, weight, bias, by_batch, momentum, eps)
+        return self._by_all(x, running_mean, running_var, weight, bias, momentum)
+
+    @uncompiled
+    def _by_all(
+        self,
+        x: torch.Tensor,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        momentum: float,
+    ) -> torch.Tensor:
+        """Normalise by the statistics of all ranks; arguments as of ``normalised``."""
+        eps = self._op.eps
         y: torch.Tensor
         y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, eps, self._axes, self._state.communicator)
         if running_mean is not None and running_var is not None and self.training:

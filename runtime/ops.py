@@ -15,6 +15,7 @@ from torch import nn
 
 from planner.frontend.proxy import write_items
 from runtime.exchange import Conversion, Convert, ScaleGradient
+from runtime.graphs import uncompiled
 from runtime.products import scaled
 from runtime.state import StepState
 
@@ -37,6 +38,7 @@ class Redistribution(nn.Module):
         super().__init__()
         self._conversion, self._state, self._factor = conversion, state, gradient_factor
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state
         if not self._conversion.is_trivial:

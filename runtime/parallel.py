@@ -1,106 +1,30 @@
 """`parallelize`: the parallel module of one rank."""
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from planner.errors import MismatchError, UsageError
+from planner.errors import TraceError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
+from planner.frontend.modes import asks_for_mode, is_same
 from planner.frontend.prepare import buffers_written
 from planner.frontend.trace import empty_inputs, trace
-from planner.ir.layout import balanced_pieces
-from planner.ir.rules import InputOutput
 from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan, require_single_rank_count
 from runtime.communicator import Communicator, TorchCommunicator
-from runtime.exchange import Batch
+from runtime.evaluation import Evaluation, evaluation_plan, lower_evaluation
+from runtime.feed import input_layouts
 from runtime.groups import ProcessGroups
 from runtime.lower import Lowering, communication_axes
-from runtime.params import broadcast_state
-from runtime.reducer import Reducer
+from runtime.module import ParallelModule, keep_hooks
+from runtime.params import broadcast_state, held
+from runtime.sharding import Shards
+from runtime.staging import communicator_of
 from runtime.state import StepState
-
-CLIP_EPSILON = 1e-6
-"""As in ``torch.nn.utils.clip_grad_norm_``."""
-
-
-class ParallelModule(fx.GraphModule):
-    """One rank's part of a planned model: local parameters under their original names.
-
-    ``print(module.code)`` shows what it runs. After ``loss.backward()`` every gradient is that of
-    the mean loss over the global batch, as one device would have it.
-    """
-
-    plan: Plan
-    _state: StepState
-    _reducer: Reducer
-    _replicas: dict[int, int]
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients on this rank only; the next backward pass outside reduces their sum."""
-        self._reducer.enabled = False
-        try:
-            yield
-        finally:
-            self._reducer.enabled = True
-
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients so that the norm of all of them, over all ranks, is at most ``max_norm``.
-
-        Use this instead of ``torch.nn.utils.clip_grad_norm_``, which knows this rank's pieces only.
-
-        Returns:
-            The norm before.
-        """
-        state = self._state
-        grads = [(p.grad, self._replicas[id(p)]) for p in self.parameters() if p.grad is not None]
-        device = next(self.parameters()).device
-        total = torch.zeros(1, dtype=torch.float64, device=device)
-        for gradient, replicas in grads:
-            total += gradient.detach().double().square().sum() / replicas
-        everyone = tuple(range(len(self.plan.mesh.axes)))
-        if everyone:
-            state.communicator.all_reduce(total, everyone)
-        norm = total.sqrt()[0]
-        factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        for gradient, _ in grads:
-            gradient.mul_(factor.to(gradient.dtype))
-        return norm
-
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = self._state
-        self._reducer.reset()
-        state.current_batch()  # that of an earlier pass nobody asked for
-        samples = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
-        if len(samples) != 1:
-            raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
-        state.rank_samples = samples.pop()
-        if self.training:
-            state.step += 1
-        if InputOutput(self.plan.io) is InputOutput.GLOBAL:
-            state.batch = Batch(state.rank_samples)
-            return
-        pending = state.communicator.start_gather_ints(state.rank_samples)
-
-        def resolve() -> None:
-            state.batch = _batch_of(tuple(pending()))
-
-        state.resolve_batch = resolve
-
-
-def _batch_of(pieces: tuple[int, ...]) -> Batch:
-    size = sum(pieces)
-    balanced = tuple(b - a for a, b in balanced_pieces(size, len(pieces)))
-    if min(pieces) < 1:
-        raise MismatchError(f"the ranks passed {pieces} samples; every rank needs at least one")
-    return Batch(size, None if pieces == balanced else pieces)
 
 
 def parallelize(
@@ -138,8 +62,11 @@ def parallelize(
 
 def joined(traced: TracedModel, plan: Plan, timeout_s: float = 60.0) -> TorchCommunicator:
     """Return how this rank talks to the others of the plan; every rank must call it."""
-    groups = ProcessGroups(plan.mesh, communication_axes(traced, plan), timeout_s)
-    return TorchCommunicator(plan.mesh, groups)
+    axes = communication_axes(traced, plan)
+    if isinstance(traced.evaluation, TracedModel):
+        axes |= communication_axes(traced.evaluation, evaluation_plan(traced, plan))
+    groups = ProcessGroups(plan.mesh, axes, timeout_s)
+    return communicator_of(plan.mesh, groups)
 
 
 def trace_for(model: nn.Module, plan: Plan) -> TracedModel:
@@ -157,7 +84,26 @@ def trace_for(model: nn.Module, plan: Plan) -> TracedModel:
     if any(not name.endswith("num_batches_tracked") for name in buffers_written(traced.graph)):
         evaluation = trace(model, inputs, keywords, training=False)
         traced = replace(traced, written_in_evaluation=buffers_written(evaluation))
+    if asks_for_mode(model):
+        traced = replace(traced, evaluation=_in_evaluation(model, traced, plan))
     return traced
+
+
+def _in_evaluation(model: nn.Module, traced: TracedModel, plan: Plan) -> TracedModel | str | None:
+    """Return what the model is in evaluation; None where it is the same, a sentence where it cannot be run."""
+    inputs, keywords = empty_inputs(plan.model.inputs)
+    try:
+        found = trace_layers(model, inputs, plan.model.name, keywords=keywords, training=False)
+    except TraceError as error:
+        return f"the model asks for its mode, and in evaluation it cannot be traced: {error}"
+    if is_same(found.graph, traced.graph):
+        return None
+    found = replace(found, written_in_evaluation=buffers_written(found.graph))
+    try:
+        evaluation_plan(replace(traced, evaluation=found), plan)
+    except UsageError as error:
+        return str(error)
+    return found
 
 
 def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Communicator) -> ParallelModule:
@@ -169,18 +115,33 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     communicator.broadcast(seed)
     state.seed = int(seed)
     lowered = Lowering(traced, model, plan, state).run()
-    module = ParallelModule(lowered.state, lowered.graph, type(model).__name__)
+    evaluation = traced.evaluation
+    if isinstance(evaluation, TracedModel):
+        evaluation = lower_evaluation(model, traced, plan, state, lowered)
+    shards = Shards.of(
+        plan.stages[0].parameter_sharding, lowered.synchronised, lowered.cut, traced.layers.layers, communicator,
+        plan.bucket_bytes,
+    )  # fmt: skip
+    parts = {**lowered.state, **shards.insert(lowered.graph, lowered.state)}
+    if isinstance(evaluation, Evaluation):
+        evaluation.own.update(shards.insert(evaluation.graph, {**lowered.state, **evaluation.own}))
+    module = ParallelModule(parts, lowered.graph, type(model).__name__)
     for name in lowered.transient:
         path, _, own = name.rpartition(".")
         module.get_submodule(path)._non_persistent_buffers_set.add(own)
     _add_unused(module, model, lowered.pieces)
-    module.plan, module._state = plan, state
-    module._reducer = Reducer(lowered.synchronised, communicator, plan.bucket_bytes)
-    module._replicas = lowered.replicas
+    module.plan, module._state, module._inputs = plan, state, input_layouts(plan)
+    module.held = shards.refined(held(model, module, lowered.cut, plan.mesh, communicator.position))
+    shards.attach(module)
+    module._shards, module._reducer = shards, shards.reducer(lowered.synchronised, plan.bucket_bytes)
+    module._evaluation = evaluation
     module.register_forward_pre_hook(module._before_forward, with_kwargs=True)
+    module.register_forward_hook(module._after_forward, always_call=True)
     modes = {name: original.training for name, original in model.named_modules()}
     for name, part in module.named_modules():
         part.training = modes.get(name, model.training)
+    keep_hooks(module, model)
+    module._choose_graph()
     return module
 
 

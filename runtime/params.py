@@ -1,17 +1,52 @@
 """Parameters and buffers, cut as the plan says."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from planner.frontend.parameters import parameter_names
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout, Whole
+from planner.ir.layout import BALANCED, Layout, Whole
 from planner.ir.mesh import Mesh
+from planner.ir.region import Region
 from planner.ir.rules import LayerLayouts
 from planner.ir.split import LayerId
 from runtime.communicator import Axes, Communicator, group_size
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the ranks store of one parameter or buffer.
+
+    Attributes:
+        name: the user's; tied parameters have one entry for each of their names, with the first of them here.
+        layout: of the whole tensor, as the plan cuts it.
+        regions: what the rank at each mesh position stores, in coordinates of the whole tensor. Those of the layout,
+            unless it is cut further (parameter sharding); such a piece may be empty.
+        position: of this rank in the mesh.
+    """
+
+    name: str
+    layout: Layout
+    regions: tuple[Region, ...]
+    position: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.layout.shape
+
+    @property
+    def region(self) -> Region:
+        """What this rank stores."""
+        return self.regions[self.position]
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The mesh positions of the ranks that store what this rank stores, itself included."""
+        return tuple(position for position, region in enumerate(self.regions) if region == self.region)
 
 
 def local_piece(tensor: torch.Tensor, layout: Layout, position: int) -> torch.Tensor:
@@ -20,7 +55,7 @@ def local_piece(tensor: torch.Tensor, layout: Layout, position: int) -> torch.Te
     if region.shape == tuple(tensor.shape):
         return tensor.detach()
     part = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
-    return tensor.detach()[part].clone(memory_format=torch.contiguous_format)
+    return tensor.detach()[part].clone()  # in the memory format of the whole
 
 
 def local_parameter(parameter: nn.Parameter, layout: Layout, position: int) -> nn.Parameter:
@@ -52,6 +87,7 @@ class LocalParameters:
         replicas: by identity of a local parameter, how many ranks hold the same piece.
         pieces: local parameters by identity of the whole ones; tied layers share one piece.
         factors: by name, by which a parameter's gradient is multiplied.
+        cut: by name, the layout of every parameter and buffer that a layer reads.
     """
 
     def __init__(
@@ -68,6 +104,7 @@ class LocalParameters:
         self.synchronised: dict[int, tuple[str, nn.Parameter, Axes]] = {}
         self.replicas: dict[int, int] = {}
         self.factors: dict[str, float] = {}
+        self.cut: dict[str, Layout] = {}
         self.gradient_scale = self.best_gradient_scale()
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
@@ -94,13 +131,40 @@ class LocalParameters:
         name = self._names[id(tensor)]
         index = next(i for i, p in enumerate(layer.params) if p.name == name)
         layout: Layout = self._layouts[layer.id].params[index]
+        layout = self.cut.setdefault(name, layout)
         if not isinstance(tensor, nn.Parameter):
             return local_piece(tensor, layout, self._position), 1.0
         axes = layout.axes_with(Whole.SHARED)
         piece = self.pieces.setdefault(id(tensor), local_parameter(tensor, layout, self._position))
         self.replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
-        if axes and tensor.requires_grad:
+        if axes:  # frozen ones too: they may be thawed
             self.synchronised[id(piece)] = (name, piece, axes)
         factor = group_size(self._mesh, axes) / self.gradient_scale
         self.factors[name] = factor
         return piece, factor
+
+
+def held(model: nn.Module, local: nn.Module, cut: Mapping[str, Layout], mesh: Mesh, position: int) -> dict[str, Held]:
+    """Return what the ranks store of every parameter and buffer of a model, by every name that it has.
+
+    Args:
+        model: the user's, with whole tensors.
+        local: this rank's version of it, under the same names.
+        cut: by name, the layouts of what is not whole on every rank.
+        mesh: the ranks.
+        position: of this rank.
+    """
+    names = parameter_names(model)
+    found = {}
+    for name, tensor in tensors_of(model).items():
+        first, shape = names[id(tensor)], tuple(tensor.shape)
+        whole = Layout(shape, mesh, (Whole.EQUAL,) * len(mesh.axes), (BALANCED,) * len(shape))
+        layout = cut.get(first, whole)
+        found[name] = Held(first, layout, tuple(layout.region(p) for p in range(mesh.size)), position)
+    return {name: found[name] for name in tensors_of(local) if name in found}
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a module by every name that they have."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}

@@ -1,5 +1,6 @@
 """Convolutions, transposed convolutions and linear layers on this rank's pieces of weight and bias."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ class Product(nn.Module):
 
     def __init__(
         self,
-        call: ProductCall,
+        call: Callable[..., torch.Tensor],
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         adds_bias: bool,
@@ -83,11 +84,16 @@ class Product(nn.Module):
         self.register_parameter("bias", bias)
         self._adds_bias = adds_bias
         self._factors = gradient_factors
-        self._call = call
+        self._calls = [call]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def with_call(self, call: Callable[..., torch.Tensor]) -> int:
+        """Add the operator on an input of other sizes; return which one ``forward`` is to be asked for."""
+        self._calls.append(call)
+        return len(self._calls) - 1
+
+    def forward(self, x: torch.Tensor, call: int = 0) -> torch.Tensor:
         weight = scaled(self.weight, self._factors[0])
-        return self._call(x, weight, self.scaled_bias() if self._adds_bias else None)
+        return self._calls[call](x, weight, self.scaled_bias() if self._adds_bias else None)
 
     def scaled_bias(self) -> torch.Tensor | None:
         """Return the bias as the layer uses it."""
@@ -95,7 +101,7 @@ class Product(nn.Module):
         return found
 
     def extra_repr(self) -> str:
-        return f"{self._call}, local weight {tuple(self.weight.shape)}"
+        return f"{self._calls[0]}, local weight {tuple(self.weight.shape)}"
 
 
 class Bias(nn.Module):
@@ -109,6 +115,13 @@ class Bias(nn.Module):
     def __init__(self, bias: Callable[[], torch.Tensor | None], num_spatial: int) -> None:
         super().__init__()
         self._bias, self._num_spatial = bias, num_spatial
+
+    def parameter(self) -> torch.Tensor | None:
+        """Return the bias itself."""
+        if isinstance(self._bias, functools.partial):
+            found: torch.Tensor | None = self._bias.args[0]  # of ``scaled``
+            return found
+        return getattr(self._bias, "__self__").bias  # type: ignore[no-any-return]  # noqa: B009  # of a product's method
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         bias = self._bias()

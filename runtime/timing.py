@@ -219,6 +219,18 @@ class TimedCommunicator:
         self._tape.switch(before)
         return _TimedPending(pending, self._tape)
 
+    def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        before = self._tape.switch(GATHERING)
+        pending = self._inner.start_reduce_scatter(buffer, own, axes)
+        self._tape.switch(before)
+        return _TimedPending(pending, self._tape)
+
+    def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        before = self._tape.switch(GATHERING)
+        pending = self._inner.start_all_gather(result, own, axes)
+        self._tape.switch(before)
+        return _TimedPending(pending, self._tape)
+
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         with self._waiting():
             return self._inner.all_gather(buffer, counts, axes)
@@ -232,6 +244,18 @@ class TimedCommunicator:
     ) -> torch.Tensor:
         with self._waiting():
             return self._inner.exchange(buffer, send_counts, receive_counts, axes)
+
+    def start_exchange(
+        self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
+    ) -> Callable[[], torch.Tensor]:
+        with self._waiting():
+            result = self._inner.start_exchange(buffer, send_counts, receive_counts, axes)
+
+        def timed() -> torch.Tensor:
+            with self._waiting():
+                return result()
+
+        return timed
 
     def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
         result = self._inner.start_gather_ints(value)

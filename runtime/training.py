@@ -267,6 +267,16 @@ class SilentCommunicator:
         del buffer, axes
         return _Nothing()
 
+    def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        del axes
+        own.copy_(buffer[: own.numel()])
+        return _Nothing()
+
+    def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
+        del axes
+        result.view(-1, own.numel()).copy_(own)
+        return _Nothing()
+
     def all_gather(self, buffer: torch.Tensor, counts: Sequence[int], axes: Axes) -> torch.Tensor:
         del axes
         return buffer.new_full((sum(counts),), 0.5)
@@ -289,6 +299,16 @@ class SilentCommunicator:
     ) -> torch.Tensor:
         del send_counts, axes
         return buffer.new_full((sum(receive_counts),), 0.5)
+
+    def start_exchange(
+        self,
+        buffer: torch.Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        axes: Axes,
+    ) -> Callable[[], torch.Tensor]:
+        found = self.exchange(buffer, send_counts, receive_counts, axes)
+        return lambda: found
 
     def start_gather_ints(self, value: int) -> Callable[[], list[int]]:
         return lambda: [value] * self.mesh.size

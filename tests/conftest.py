@@ -7,11 +7,20 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from planner.errors import LayerwiseError
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker for each core leaves none for threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded, here and in processes that tests start
 
 settings.register_profile("shared machine", deadline=None)  # other processes decide how long an example takes
 settings.load_profile("shared machine")
@@ -55,6 +64,24 @@ _LACKS: dict[str, Callable[[], str | None]] = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    """With ``-n``, tests of files that start processes run one after another on one worker, all else beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ProcessesApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if _starts_processes(config.rootpath / nodeid.partition("::")[0]) else nodeid
+
+    return ProcessesApart(config, log)
+
+
+@functools.cache
+def _starts_processes(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    return any(f"mark.{marker}" in text for marker in ("dist", "netns"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = os.environ.get("REQUIRE", "").split(",")
     for marker, lacks in _LACKS.items():
@@ -63,3 +90,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if marker in required:
             pytest.fail(f"REQUIRE={marker}: {reason}", pytrace=False)
         pytest.skip(f"{marker}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def host_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``XDG_CACHE_HOME`` of processes: this host is measured once for all tests, and no file of the user's is used."""
+    return tmp_path_factory.mktemp("cache")

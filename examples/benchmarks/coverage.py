@@ -4,7 +4,12 @@
 
 tries a handful; without ``--sample`` every model of torchvision and some of every family of timm
 (``coverage_models.py``), each in a process of its own (``coverage_trial.py``). Writes a line for each
-to a CSV file and prints a summary. Needs ``pip install 'layerwise[zoo]'`` and Linux; no weights are
+to a CSV file and prints a summary.
+
+    python -m examples.benchmarks.coverage --training
+
+trains a step of 40 of them on two ranks under four strategies instead, and holds all numbers against one
+device (``coverage_training.py``). Needs ``pip install 'layerwise[zoo]'`` and Linux; no weights are
 downloaded, and unless ``--numbers`` is given none are made. Exits with 1 where a model failed.
 """
 
@@ -21,12 +26,28 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from examples.benchmarks.coverage_models import SAMPLE, Case, chosen_models, every_model, spread
-from examples.benchmarks.coverage_trial import MIB, OK, Row, Settings, trials
+from examples.benchmarks.coverage_models import (
+    SAMPLE,
+    TRAINED,
+    TRAINED_SAMPLE,
+    Case,
+    chosen_models,
+    every_model,
+    spread,
+)  # fmt: skip
+from examples.benchmarks.coverage_training import (
+    STRATEGIES,
+    TrainingRow,
+    training_cases,
+    training_trial,
+    write_training,
+)  # fmt: skip
+from examples.benchmarks.coverage_trial import MIB, OK, Kind, Row, Settings, trial, trials
 from planner.errors import LayerwiseError, UsageError
 from planner.units import parse_bytes
 
 OUTPUT = Path(__file__).with_suffix(".csv")
+TRAINING_OUTPUT = OUTPUT.with_name("coverage_training.csv")
 
 
 def main(
@@ -47,15 +68,21 @@ def main(
     numbers: Annotated[
         bool, typer.Option("--numbers", help="Also run small inputs on the CPU and compare outputs.")
     ] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Train a step of some on two ranks instead, against one device.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --training: keep what went well in the output file.")
+    ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For one model.")] = 300.0,
     memory: Annotated[str, typer.Option(metavar="BYTES", help="For one model, on top of the imports.")] = "8GiB",
-    output: Annotated[Path, typer.Option("--output", "-o")] = OUTPUT,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The CSV file.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Print the models and do nothing.")] = False,
 ) -> None:
     """Try models of torchvision and timm: trace, count, run from the graph, plan."""
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
-        cases = _cases(only, sample, limit)
+        cases = _trained_cases(only, sample, limit) if training else _cases(only, sample, limit)
         settings = Settings(
             devices, "" if solver == "none" else solver, None if all_meshes else f"gpu={devices}", batch, numbers,
             timeout, parse_bytes(memory),
@@ -67,18 +94,60 @@ def main(
         for case in cases:
             typer.echo(f"{case.reference}  {case.family}  {case.kind}")
         return
+    if training:
+        is_ok = _train(cases, settings, jobs, output or TRAINING_OUTPUT, resume, notes)
+    else:
+        is_ok = _try(cases, settings, jobs, output or OUTPUT, notes)
+    if not is_ok:
+        raise typer.Exit(1)
+
+
+def _try(cases: Sequence[Case], settings: Settings, jobs: int, output: Path, notes: Console) -> bool:
+    """Try models; return whether all went well."""
     rows: list[Row] = []
     try:
-        for row in trials(cases, settings, jobs):
+        for row in trials(cases, settings, jobs, Kind(trial, Row)):
             rows.append(row)
             notes.print(f"[{len(rows)}/{len(cases)}] {_line(row)}")
     finally:  # an interrupted sweep keeps what it has
         rows.sort(key=lambda row: (row.source, row.family, row.model))
         _write(rows, output)
-    Console(highlight=False, width=None if Console().is_terminal else 120).print(_summary(rows))
+    _print(_summary(rows))
     notes.print(f"wrote {output}")
-    if any(row.result != OK for row in rows):
-        raise typer.Exit(1)
+    return all(row.result == OK for row in rows)
+
+
+def _train(
+    cases: Sequence[Case], settings: Settings, jobs: int, output: Path, resume: bool, notes: Console
+) -> bool:  # fmt: skip
+    """Train a step of models under every strategy; return whether all numbers are one device's."""
+    left, rows = training_cases(cases, output, resume)
+    for row in trials(left, settings, jobs, Kind(training_trial, TrainingRow)):
+        rows.append(row)
+        write_training(rows, output)  # an interrupted sweep keeps what it has
+        notes.print(f"[{len(rows)}/{len(cases) * len(STRATEGIES)}] {_training_line(row)}")
+    _print(_training_summary(rows))
+    notes.print(f"wrote {output}")
+    return all(row.result == OK for row in rows)
+
+
+def _print(table: Table) -> None:
+    Console(highlight=False, width=None if Console().is_terminal else 120).print(table)
+
+
+def _trained_cases(only: str | None, sample: bool, limit: int | None) -> list[Case]:
+    """Return the models that are trained.
+
+    Raises:
+        UsageError: a library is missing, or no model fits.
+    """
+    names = TRAINED_SAMPLE if sample else TRAINED
+    cases = [case for case in every_model() if (only is not None and not sample) or case.reference in names]
+    if only is not None:
+        cases = _fitting([case for case in cases if case.reference in names], only) or _fitting(cases, only)
+        if not cases:
+            raise UsageError(f"no model is called {only!r}")
+    return spread(cases, limit or len(cases))
 
 
 def _cases(only: str | None, sample: bool, limit: int | None) -> list[Case]:
@@ -104,6 +173,30 @@ def _line(row: Row) -> str:
     done = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times if seconds is not None)
     failure = "" if row.result == OK else f"failed at {row.result}: {row.reason}"
     return f"{row.source}:{row.model}  {'; '.join(filter(None, (done, failure)))}"
+
+
+def _training_line(row: TrainingRow) -> str:
+    found = (
+        f"{row.split} of {row.layers} layers cut, difference {row.difference:.1e}" if row.difference is not None else ""
+    )
+    failure = "" if row.result == OK else f"failed at {row.result}: {row.reason}"
+    return f"{row.source}:{row.model} {row.strategy}  {'; '.join(filter(None, (found, failure)))}"
+
+
+def _training_summary(rows: Sequence[TrainingRow]) -> Table:
+    """Return a table with a line for each strategy."""
+    table = Table(title="Training", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("strategy", "models", "as one device", "layers cut", "largest difference"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right")
+    for strategy in STRATEGIES:
+        mine = [row for row in rows if row.strategy == strategy]
+        num_layers, num_split = (sum(getattr(row, name) or 0 for row in mine) for name in ("layers", "split"))
+        worst = max((row.difference for row in mine if row.difference is not None), default=None)
+        table.add_row(
+            strategy, str(len(mine)), str(sum(row.result == OK for row in mine)),
+            f"{num_split / num_layers:.0%}" if num_layers else "", "" if worst is None else f"{worst:.0e}",
+        )  # fmt: skip
+    return table
 
 
 def _write(rows: Sequence[Row], path: Path) -> None:

@@ -31,6 +31,21 @@ SAMPLE = (
 )  # fmt: skip
 """A handful: one of every kind."""
 
+TRAINED = (
+    "torchvision:alexnet", "torchvision:convnext_tiny", "torchvision:deeplabv3_mobilenet_v3_large",
+    "torchvision:densenet121", "torchvision:efficientnet_b0", "torchvision:googlenet", "torchvision:inception_v3",
+    "torchvision:lraspp_mobilenet_v3_large", "torchvision:mnasnet0_5", "torchvision:mobilenet_v2",
+    "torchvision:mobilenet_v3_small", "torchvision:r3d_18", "torchvision:regnet_y_400mf", "torchvision:resnet18",
+    "torchvision:shufflenet_v2_x0_5", "torchvision:squeezenet1_1", "torchvision:vgg11_bn", "timm:convmixer_768_32",
+    "timm:cspresnet50", "timm:dla46_c", "timm:dpn68", "timm:edgenext_xx_small", "timm:efficientvit_b0",
+    "timm:ghostnet_100", "timm:hgnetv2_b0", "timm:hrnet_w18_small", "timm:lcnet_050", "timm:mixnet_s",
+    "timm:mobilevit_xxs", "timm:mobileone_s0", "timm:nf_regnet_b0", "timm:poolformer_s12", "timm:repvgg_a0",
+    "timm:res2net50_26w_4s", "timm:resnest14d", "timm:resnetv2_50x1_bit", "timm:rexnet_100", "timm:skresnet18",
+    "timm:starnet_s1", "timm:visformer_tiny",
+)  # fmt: skip
+"""What ``--training`` tries: of different families, those of few parameters."""
+TRAINED_SAMPLE = ("torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "timm:lcnet_050")
+
 _TORCHVISION_KINDS = {"optical_flow": "flow", "": "classification"}
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import fx, nn
@@ -159,7 +159,7 @@ def _refuse_other_gradients(expected: set[str], found: set[str]) -> None:
 
 def _compare_on_cpu(part: LoadedModel) -> None:
     """Run module and graph on equal real inputs; compare outputs, and which parameters get a gradient."""
-    shapes = _small_shapes(part)
+    shapes = small_shapes(part)
     module = load_model(part.source, device="cpu").module.train()
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(REAL_BATCH, *shape, generator=generator) for shape in shapes)
@@ -176,12 +176,12 @@ def _step(run: nn.Module, owner: nn.Module, inputs: Sequence[torch.Tensor]) -> t
     """Return outputs, and the names of the parameters that get a gradient."""
     owner.zero_grad(set_to_none=True)
     torch.manual_seed(0)  # dropout and stochastic depth draw the same
-    outputs = [x for x in _tensors(run(*inputs)) if x.is_floating_point()]
+    outputs = [x for x in tensors(run(*inputs)) if x.is_floating_point()]
     sum(x.square().mean() for x in outputs).backward()
     return [x.detach() for x in outputs], {name for name, p in owner.named_parameters() if p.grad is not None}
 
 
-def _small_shapes(part: LoadedModel) -> tuple[tuple[int, ...], ...]:
+def small_shapes(part: LoadedModel) -> tuple[tuple[int, ...], ...]:
     """Return the smallest input that the module takes, of a quarter and a half of the usual size, and that one."""
     module = part.module
     for divisor in (4, 2):
@@ -196,36 +196,63 @@ def _smaller(size: int, divisor: int) -> int:
     return max(1, round(size / divisor / 32)) * 32 if size >= 64 else size
 
 
-def _tensors(structure: Any) -> Iterator[torch.Tensor]:
+def tensors(structure: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a nested output."""
     if isinstance(structure, torch.Tensor):
         yield structure
     elif isinstance(structure, dict | list | tuple):
         for value in structure.values() if isinstance(structure, dict) else structure:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 # ---- processes
 
 
+C = TypeVar("C", bound=Case)
+
+
+class AnyRow(Protocol):
+    """What all rows have."""
+
+    result: str
+    reason: str
+
+
+R = TypeVar("R", bound=AnyRow)
+
+
 @dataclass(slots=True)
-class _Running:
+class _Running(Generic[R]):
     process: BaseProcess
-    row: Row
+    row: R
     deadline_s: float
     is_late: bool = False
 
 
-def trials(cases: Sequence[Case], settings: Settings, jobs: int) -> Iterator[Row]:
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[C, R]):
+    """What is done with each model.
+
+    Attributes:
+        trial: does it, and reports the row when a step begins and at the end.
+        row: an empty one, from the fields of a case.
+    """
+
+    trial: Callable[[C, Settings, Callable[[R], None]], None]
+    row: Callable[..., R]
+
+
+def trials(cases: Sequence[C], settings: Settings, jobs: int, kind: Kind[C, R]) -> Iterator[R]:
     """Try models, each in a forked process, and yield their rows as they end.
 
     A process that hangs, dies or takes too much memory leaves a row that says where and how.
     Forked, because imports take longer than most models; this process must not run operators.
     """
-    waiting, running = deque(cases), dict[Connection, _Running]()
+    waiting, running = deque(cases), dict[Connection, _Running[R]]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                connection, started = _start(waiting.popleft(), settings)
+                connection, started = _start(waiting.popleft(), settings, kind)
                 running[connection] = started
             for connection in wait(list(running), timeout=POLL_S):
                 assert isinstance(connection, Connection)
@@ -242,24 +269,24 @@ def trials(cases: Sequence[Case], settings: Settings, jobs: int) -> Iterator[Row
             each.process.kill()
 
 
-def _start(case: Case, settings: Settings) -> tuple[Connection, _Running]:
+def _start(case: C, settings: Settings, kind: Kind[C, R]) -> tuple[Connection, _Running[R]]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(theirs, case, settings), daemon=True)
+    process = context.Process(target=_run, args=(theirs, case, settings, kind), daemon=True)
     process.start()
     theirs.close()  # so that its end is seen here
-    return ours, _Running(process, Row(**asdict(case)), time.monotonic() + settings.timeout_s)
+    return ours, _Running(process, kind.row(**asdict(case)), time.monotonic() + settings.timeout_s)
 
 
-def _run(connection: Connection, case: Case, settings: Settings) -> None:
+def _run(connection: Connection, case: C, settings: Settings, kind: Kind[C, R]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + settings.memory_bytes,) * 2)
-    trial(case, settings, partial(Connection.send, connection))
+    kind.trial(case, settings, partial(Connection.send, connection))
 
 
-def _ended(ended: _Running, settings: Settings) -> Row:
+def _ended(ended: _Running[R], settings: Settings) -> R:
     ended.process.join()
     row, code = ended.row, ended.process.exitcode or 0
     if ended.is_late:

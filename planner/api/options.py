@@ -20,7 +20,7 @@ class Options:
         precision: ``fp32``, ``tf32`` or ``bf16`` (autocast).
         optimizer: ``sgd``, ``momentum`` or ``adam``.
         sync_batch_norm: statistics over the global batch (as one device) or each rank's own.
-        io: ``per-rank`` or ``global``; per-rank where every rank gets a sample, if None.
+        io: ``per-rank``, ``global`` or ``local``; per-rank where every rank gets a sample, else global, if None.
         dimensions: that may be split; a fixed strategy as the solver adds its own to the default.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
         time_limit_s: for the integer program and for further candidate meshes.
@@ -35,7 +35,7 @@ class Options:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
     sync_batch_norm: bool = True
-    io: Literal["per-rank", "global"] | None = None
+    io: Literal["per-rank", "global", "local"] | None = None
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS
     mesh: str | None = None
     time_limit_s: float = 60.0

@@ -13,6 +13,7 @@ import typer
 from planner.cli import (
     calibrating,
     demo,
+    doctor,
     fitting,
     inspecting,
     linking,
@@ -50,6 +51,7 @@ register("run", run.run)
 register("trace", tracing.trace)
 register("calibrate", calibrating.calibrate)
 register("demo", demo.demo)
+register("doctor", doctor.doctor)
 register("inspect", inspecting.inspect)
 register("reproduce", reproducing.reproduce)
 register("models", listing.models)

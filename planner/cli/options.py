@@ -118,9 +118,10 @@ class Asked(AskedModel):
     ] = None
     time_limit: Annotated[str, typer.Option(metavar="TIME", help="For the search.")] = "60s"
     io: Annotated[
-        Literal["per-rank", "global"] | None,
+        Literal["per-rank", "global", "local"] | None,
         typer.Option(
-            help="Each rank passes its own samples, the default where there are enough, or the whole batch.",
+            help="Each rank passes its own samples, the default where there are enough, or the whole batch, or the "
+            "region (samples and space) that the plan gives it.",
         ),
     ] = None
     local_batch_norm: Annotated[

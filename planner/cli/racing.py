@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from planner.cli.options import Asked, Timed
 from planner.cli.terminal import Terminal
-from planner.errors import LayerwiseError, UsageError
+from planner.errors import UsageError
 from planner.report.measured import Raced, race_row
 from planner.units import format_bytes
 
@@ -79,16 +79,9 @@ def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced,
 
 def _reason(plan: "Plan", fits: bool) -> str:
     """Return why a plan cannot be run; empty if it can."""
-    from runtime.lower import refuse_sharding, refuse_space
-
     if not fits:
         limit = format_bytes(plan.search.memory_limit_bytes)
         return f"needs {format_bytes(plan.totals.memory_bytes)} of memory per device, the limit is {limit}"
-    try:
-        refuse_space(plan)
-        refuse_sharding(plan)
-    except LayerwiseError as error:
-        return str(error)
     return ""
 
 

@@ -16,6 +16,7 @@ from planner.cost.sharding import ParameterSharding, shard_bytes
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
 from planner.ir.ops import Conv, ConvTranspose, Linear
+from planner.ir.rows import row_axes
 from planner.ir.rules import LayerLayouts
 from planner.ir.tensor import DType
 
@@ -112,15 +113,14 @@ def layer_bytes(
         if not counts:
             continue
         held = num_bytes = _elements(layout) * parameter.spec.dtype.item_bytes
-        if parameter.trainable and layout.axes_with(Whole.SHARED):
-            piece = shard_bytes(layout, parameter.spec.dtype.item_bytes)
-            updated += num_bytes if sharding is ParameterSharding.NONE else piece
-            if sharding is ParameterSharding.FULL:
+        if parameter.trainable:
+            is_cut = sharding is not ParameterSharding.NONE and bool(row_axes(layout))
+            piece = shard_bytes(layout, parameter.spec.dtype.item_bytes) if is_cut else num_bytes
+            updated += piece
+            if is_cut and sharding is ParameterSharding.FULL:
                 gathered, held = gathered + num_bytes, piece
-            else:
+            elif layout.axes_with(Whole.SHARED):
                 reduced += num_bytes
-        elif parameter.trainable:
-            updated += num_bytes
         weights += held
         gradients += held if parameter.trainable else 0
     item = dtype.item_bytes

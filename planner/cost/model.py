@@ -4,7 +4,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 
 import numpy as np
@@ -21,6 +21,7 @@ from planner.ir.graph import Layer, LayerGraph
 from planner.ir.layout import Layout, Whole
 from planner.ir.mesh import Mesh
 from planner.ir.ops import BatchNorm
+from planner.ir.rows import row_axes
 from planner.ir.rules import LayerLayouts, Partition, partition, reduced_axes
 from planner.ir.split import LayerId, Split
 from planner.ir.tensor import DType
@@ -33,8 +34,8 @@ _LOCAL_VALUES = attrgetter(*(field.name for field in fields(LocalLayer) if field
 """What two pieces of one layer can differ in."""
 COLLECT_PASSES = 2
 """How often a gradient is read or written on its way into the buffer that is reduced (``runtime.reducer``)."""
-GATHER_PASSES = 4
-"""How often a sharded parameter is read or written in a step on its way out of the buffers of its two gathers."""
+GATHER_PASSES = 2
+"""How often a sharded parameter is read or written on its way out of the buffer of a gather (``runtime.shards``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,10 @@ class LayerCost:
             gathered from, and how large it is then, are the same.
         collect_s: copying gradients into the buffers they are reduced in, and sharded parameters out of those they
             are gathered in; all in backward.
-        update_s: optimizer step.
+        update_s: optimizer step, and copying what other ranks updated.
         memory: bytes.
         source: where the compute times are from.
+        whole: bytes of gradients that are all-reduced although parameters are sharded: of those that cannot be cut.
     """
 
     forward_s: float
@@ -84,6 +86,7 @@ class LayerCost:
     update_s: float
     memory: LayerBytes
     source: Source
+    whole: Mapping[Axes, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,20 @@ class CostModel:
         forward_norm, backward_norm = self._statistics(layer, found.output)
         sharding = self.settings.parameter_sharding
         memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried, sharding)
-        sync = _gradient_bytes(layer, found.params, carried)
-        passes = COLLECT_PASSES
+        sync, whole = _gradient_bytes(layer, found.params, carried, sharding)
+        cut_bytes = sum(sync.values())
+        collected = COLLECT_PASSES * (cut_bytes + sum(whole.values()))
+        updated = memory.updated * update_passes(self.settings.optimizer)
         if sharding is ParameterSharding.FULL:
-            memory, passes = replace(memory, other_gathered=self._other_gathered(layer)), passes + GATHER_PASSES
+            memory = replace(memory, other_gathered=self._other_gathered(layer))
+            collected += 2 * GATHER_PASSES * cut_bytes
+        elif sharding is ParameterSharding.OPTIMIZER:
+            updated += GATHER_PASSES * cut_bytes
         return LayerCost(
             time.forward_s, time.backward_s,
             forward + forward_norm, backward + backward_norm,
-            sync, self.profile.roofline.update_s(passes * sum(sync.values())),
-            self.profile.roofline.update_s(memory.updated * update_passes(self.settings.optimizer)),
-            memory, time.source,
+            sync, self.profile.roofline.update_s(collected), self.profile.roofline.update_s(updated),
+            memory, time.source, whole,
         )  # fmt: skip
 
     @functools.cached_property
@@ -202,9 +209,15 @@ class CostModel:
         whole = pricer.reduce_scatter(axes, num_bytes) + pricer.all_gather(axes, num_bytes)
         return whole if sharding is ParameterSharding.OPTIMIZER else whole + pricer.all_gather(axes, num_bytes)
 
-    def reduction(self, axes: Axes, num_bytes: int) -> Reduction:
-        """Return what reducing so many bytes of gradients over these axes takes behind computation."""
-        is_whole = self.settings.parameter_sharding is ParameterSharding.NONE
+    def reduction(self, axes: Axes, num_bytes: int, *, is_whole: bool = False) -> Reduction:
+        """Return what reducing so many bytes of gradients over these axes takes behind computation.
+
+        Args:
+            axes: of the mesh.
+            num_bytes: on each rank.
+            is_whole: of parameters that are not sharded, though others may be.
+        """
+        is_whole = is_whole or self.settings.parameter_sharding is ParameterSharding.NONE
         kind = CollectiveKind.ALL_REDUCE if is_whole else CollectiveKind.REDUCE_SCATTER
         return self.pricer.reduction(axes, num_bytes, kind)
 
@@ -240,10 +253,15 @@ def _carriers(graph: LayerGraph) -> dict[str, LayerId]:
     return carriers
 
 
-def _gradient_bytes(layer: Layer, params: Sequence[Layout], carried: Sequence[bool]) -> dict[Axes, int]:
-    found: dict[Axes, int] = defaultdict(int)
+def _gradient_bytes(
+    layer: Layer, params: Sequence[Layout], carried: Sequence[bool], sharding: ParameterSharding
+) -> tuple[dict[Axes, int], dict[Axes, int]]:
+    """Return ``LayerCost.sync`` and ``LayerCost.whole``."""
+    sync: dict[Axes, int] = defaultdict(int)
+    whole: dict[Axes, int] = defaultdict(int)
     for parameter, layout, counts in zip(layer.params, params, carried, strict=True):
         axes = layout.axes_with(Whole.SHARED)
         if parameter.trainable and axes and counts:
+            found = sync if sharding is ParameterSharding.NONE or row_axes(layout) else whole
             found[axes] += math.prod(layout.largest_shape()) * parameter.spec.dtype.item_bytes
-    return dict(found)
+    return dict(sync), dict(whole)

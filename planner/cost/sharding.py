@@ -18,10 +18,16 @@ sharding       communication                           bytes on a rank          
 k is the optimizer's ``STATE_COPIES``. An all-reduce moves what a reduce-scatter and an all-gather move, so
 ``optimizer`` sends as much as ``none`` and ``full`` 1.5 times as much.
 
-``optimizer`` is stage 1 of ZeRO; ``full`` is its stage 3 in the form of FSDP [Zhao23], as torch's ``fully_shard`` does
+What is cut are rows, the indices of dimension 0 of the piece that a rank works with (``planner.ir.rows``). A parameter with
+fewer rows than ranks is held, reduced and updated as without sharding (``LayerCost.whole``). Where rows do not divide, equal
+sections of messages have gaps, which are not counted.
+
+``optimizer`` is stage 1 of ZeRO: gradients are reduced in buckets behind backward, and the same buckets are gathered behind
+the update (by the runtime in front of the next forward pass). ``full`` is its stage 3 in the form of FSDP [Zhao23], as torch's ``fully_shard`` does
 it for every layer on its own: the gather of the next layer with parameters is started when a layer starts (one ahead,
 forward as backward) and waits its turn on the levels of the machine that it uses; gradients are reduced layer by
-layer, without buckets. At most two layers' parameters and two layers' gradients are whole at any time. The last layer
+layer, without buckets. At most two layers' parameters and two layers' gradients are whole at any time; the runtime waits for the gradients
+of a layer when those of the second one behind it are ready, by which time the gather between them had to be there. The last layer
 is gathered twice as all others are, although its two uses follow each other. Parameters that are not trained, buffers,
 and parameters that no two ranks share are held as without sharding.
 """
@@ -31,7 +37,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout, Whole
+from planner.ir.layout import Layout
+from planner.ir.rows import row_axes
 
 
 class ParameterSharding(StrEnum):
@@ -43,9 +50,10 @@ class ParameterSharding(StrEnum):
 
 
 def shard_bytes(layout: Layout, item_bytes: int) -> int:
-    """Return the bytes of the largest of the equal pieces into which the ranks that share a parameter cut it."""
-    ranks = math.prod(layout.mesh.shape[a] for a in layout.axes_with(Whole.SHARED))
-    return math.ceil(math.prod(layout.largest_shape()) / ranks) * item_bytes
+    """Return the most bytes that a rank keeps of a parameter that is cut in rows."""
+    ranks = math.prod(layout.mesh.shape[a] for a in row_axes(layout))
+    rows, *row = layout.largest_shape()
+    return math.ceil(rows / ranks) * math.prod(row) * item_bytes
 
 
 def largest_gathers(layers: Sequence[Layer]) -> tuple[int, int]:

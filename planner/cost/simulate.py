@@ -7,7 +7,7 @@ ended. What sharded parameters add says ``planner.cost.sharding``.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,7 +140,7 @@ class _Simulation:
         streams.finish()
         streams.compute("optimizer", sum(cost.update_s for cost in self._costs))
         if self._sharding is ParameterSharding.OPTIMIZER:
-            self._gather_updated()
+            self._gather_updated(bucket_bytes)
         return streams.now_s
 
     def _gathering(self, order: range) -> Iterator[None]:
@@ -168,44 +168,48 @@ class _Simulation:
         self._gathered = [self._streams.start(f"gather {self._names[j]}", gather) for _, gather in found]
         self._sync_s[j] += sum(gather.seconds for _, gather in found)
 
-    def _gather_updated(self) -> None:
-        """Wait for the parameters that other ranks updated, one message for each group of ranks."""
-        held: dict[Axes, dict[int, int]] = {}
-        for j, cost in enumerate(self._costs):
-            for axes, num_bytes in cost.sync.items():
-                held.setdefault(axes, {})[j] = num_bytes
-        for axes, members in sorted(held.items()):
-            total = sum(members.values())
-            gather = self._table.model.pricer.all_gather(axes, total)
+    def _gather_updated(self, bucket_bytes: int) -> None:
+        """Wait for the parameters that other ranks updated, one message for each bucket."""
+        ready = self._ready(lambda cost: cost.sync)
+        for bucket in fill_buckets([(axes, num_bytes) for _, axes, num_bytes in ready], bucket_bytes):
+            members = [ready[i] for i in bucket.items]
+            total = sum(member[2] for member in members)
+            gather = self._table.model.pricer.all_gather(bucket.key, total)
             self._streams.transfer("gather parameters", gather.seconds, gather.levels)
-            for j, num_bytes in members.items():
+            for j, _, num_bytes in members:
                 self._sync_s[j] += gather.seconds * num_bytes / total
 
     def _backward(self, bucket_bytes: int) -> None:
         """Run backward; start each bucket's reduction when its last gradient is there."""
         layer_by_layer = self._sharding is ParameterSharding.FULL
-        streams, buckets = self._streams, self._buckets(1 if layer_by_layer else bucket_bytes)
+        streams = self._streams
+        buckets = self._buckets(self._ready(lambda cost: cost.sync), 1 if layer_by_layer else bucket_bytes)
+        whole = self._buckets(self._ready(lambda cost: cost.whole), bucket_bytes, is_whole=True)
         order = range(len(self._costs) - 1, -1, -1)
         backward = self._gathering(order)
         for j in order:
             next(backward, None)
             own = LayerBackward.of(self._costs[j], self._in_backward[j], self._in_levels[j])
-            launches = [self._table.model.reduction(axes, num_bytes) for axes, num_bytes in buckets.get(j, ())]
-            own.run(streams, launches, self._names[j])
+            own.run(streams, (*buckets.get(j, ()), *whole.get(j, ())), self._names[j])
 
-    def _buckets(self, bucket_bytes: int) -> dict[int, list[tuple[Axes, int]]]:
-        """Return axes and bytes of the buckets by the layer that completes them; note each layer's share."""
+    def _ready(self, bytes_of: Callable[[LayerCost], Mapping[Axes, int]]) -> list[tuple[int, Axes, int]]:
+        """Return layer, axes and bytes of gradients in the order in which backward makes them ready."""
         order = range(len(self._costs) - 1, -1, -1)
-        ready = [(j, axes, b) for j in order for axes, b in sorted(self._costs[j].sync.items())]
-        found: dict[int, list[tuple[Axes, int]]] = {}
+        return [(j, axes, b) for j in order for axes, b in sorted(bytes_of(self._costs[j]).items())]
+
+    def _buckets(
+        self, ready: Sequence[tuple[int, Axes, int]], bucket_bytes: int, *, is_whole: bool = False
+    ) -> dict[int, list[Reduction]]:
+        """Return the reductions of buckets by the layer that completes them; note each layer's share."""
+        found: dict[int, list[Reduction]] = {}
         for bucket in fill_buckets([(axes, num_bytes) for _, axes, num_bytes in ready], bucket_bytes):
             members = [ready[i] for i in bucket.items]
             num_bytes = sum(member[2] for member in members)
-            found.setdefault(members[-1][0], []).append((bucket.key, num_bytes))
+            reduction = self._table.model.reduction(bucket.key, num_bytes, is_whole=is_whole)
+            found.setdefault(members[-1][0], []).append(reduction)
             if self._keeps_events:
-                seconds = self._table.model.reduction(bucket.key, num_bytes).seconds
                 for j, _, part in members:
-                    self._sync_s[j] += seconds * part / num_bytes
+                    self._sync_s[j] += reduction.seconds * part / num_bytes
         return found
 
     def timeline(self) -> Timeline:
@@ -229,6 +233,7 @@ class _Simulation:
         sent = sum(self._in_bytes) + sum(
             c.blocking_forward.num_bytes + c.blocking_backward.num_bytes
             + sum(self._table.model.sync(axes, b).num_bytes for axes, b in c.sync.items())
+            + sum(self._table.model.pricer.all_reduce(axes, b).num_bytes for axes, b in c.whole.items())
             for c in costs
         )  # fmt: skip
         return Timeline(

@@ -35,6 +35,8 @@ class TracedModel:
         keywords: names of the inputs that are passed by keyword.
         written_in_evaluation: buffers that the model writes into in evaluation too; only looked for where a
             plan is run (``runtime.parallel.trace_for``).
+        evaluation: what the model is in evaluation, where its code asks for the mode and it is not the same; a
+            sentence where that cannot be traced. Only looked for where a plan is run.
         traced_by: ``fx`` (the concrete tracer) or ``export`` (``torch.export``, the fallback).
     """
 
@@ -45,6 +47,7 @@ class TracedModel:
     keywords: tuple[str, ...] = ()
     traced_by: str = "fx"
     written_in_evaluation: frozenset[str] = frozenset()
+    evaluation: "TracedModel | str | None" = None
 
 
 def trace_layers(

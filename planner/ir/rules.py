@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
-from planner.ir.dimension import Dimension
+from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.halo import AdaptiveWindow, AnyWindow, InterpolationWindow, ScaleWindow, TransposedWindow, Window
 from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, LayoutFamily, Placement, Whole, family
@@ -54,6 +54,9 @@ class InputOutput(StrEnum):
     """Each rank passes its own samples and gets their outputs, as under DistributedDataParallel."""
     GLOBAL = "global"
     """Each rank passes the whole batch and gets the whole output."""
+    LOCAL = "local"
+    """Each rank passes its region of the inputs and gets its region of the outputs; the plan splits both, by samples
+    and space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Rule:
 
 
 Specs = tuple[TensorSpec, ...]
+_LOCAL = SPATIAL_DIMENSIONS | {Dimension.SAMPLE}
 _OWN_SPACE = (Dimension.DEPTH, Dimension.HEIGHT, Dimension.WIDTH, Dimension.LENGTH)
 
 
@@ -535,20 +539,33 @@ def _on_borders(layout: Layout, unit: int, groups: int) -> bool:
     return layout.pieces(1) == tuple((a * unit, b * unit) for a, b in expected.pieces(0))
 
 
-def io_split(spec: TensorSpec, mesh: Mesh, io: InputOutput) -> Split:
-    """Return the split that the plan's io pins an input or output of the model to."""
-    sample = io is InputOutput.PER_RANK and spec.sample_dim is not None
-    return Split.of(mesh, (Dimension.SAMPLE if sample else Dimension.REPLICATE,) * len(mesh.axes))
+def io_splits(layer: Layer, mesh: Mesh, io: InputOutput, allowed: Collection[Dimension]) -> tuple[Split, ...]:
+    """Return the splits that an input or output of the model may take: one, but where ranks pass regions."""
+    spec = layer.output
+    if io is not InputOutput.LOCAL:
+        sample = io is InputOutput.PER_RANK and spec.sample_dim is not None
+        return (Split.of(mesh, (Dimension.SAMPLE if sample else Dimension.REPLICATE,) * len(mesh.axes)),)
+    dims = [d for d in Dimension if d is Dimension.REPLICATE or (d in _LOCAL and d in allowed)]
+    return _legal(_partition(Input(), (), spec, (), mesh), dims, mesh)
+
+
+def io_layout(spec: TensorSpec, mesh: Mesh, split: Split) -> Layout:
+    """Return which region of an input or output of the model each rank passes or gets."""
+    return _partition(Input(), (), spec, (), mesh).layouts(split).output
 
 
 def legal_splits(
     layer: Layer, graph: LayerGraph, mesh: Mesh, io: InputOutput, allowed: Iterable[Dimension]
 ) -> tuple[Split, ...]:
-    """Return the legal splits of a layer, in a fixed order; ``replicate`` is always allowed."""
+    """Return the legal splits of a layer, in a fixed order; ``replicate`` is always allowed, io apart."""
     if isinstance(layer.op, Input | Output):
-        return (io_split(layer.output, mesh, io),)
+        return io_splits(layer, mesh, io, frozenset(allowed))
     permitted = {*allowed, Dimension.REPLICATE, Dimension.BROADCAST}
     found = partition(layer, graph.inputs_of(layer), mesh)
-    dims = [d for d in Dimension if d in permitted and d in found.effects]
+    return _legal(found, [d for d in Dimension if d in permitted and d in found.effects], mesh)
+
+
+def _legal(found: Partition, dims: Sequence[Dimension], mesh: Mesh) -> tuple[Split, ...]:
+    """Return the legal splits over some dimensions, in a fixed order."""
     candidates = (Split.of(mesh, choice) for choice in itertools.product(dims, repeat=len(mesh.axes)))
     return tuple(split for split in candidates if found.is_legal(split))

@@ -208,6 +208,18 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def is_halo(source: Layout, target: Layout) -> bool:
+    """Return whether a conversion only widens pieces: axes cut the same dimensions, and windows need neighbours' rows.
+
+    Both directions are then one exchange each, which the runtime can run beside computation (``runtime.halo``).
+    """
+    if source.placements != target.placements:
+        return False
+    both = steps(source, target), steps(target.gradient, source.gradient)
+    return all(len(found) == 1 and found[0].kind is StepKind.EXCHANGE for found in both)
+
+
 def _before_partial(current: Layout, target: Layout, axes: tuple[int, ...]) -> Layout:
     """Return the target with the axes that will become addends still as pieces, or else as copies."""
     goal = _replace_axes(target, axes, Whole.EQUAL)

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from planner.errors import FormatError, MismatchError
+from planner.ir.dimension import Dimension
 from planner.ir.graph import LayerGraph, is_boundary, tied_layers
 from planner.ir.ops import Redistribute
-from planner.ir.rules import InputOutput, io_split, is_legal
+from planner.ir.rules import InputOutput, io_splits, is_legal
 from planner.plan.schema import Plan
 
 MAX_ELEMENTS: Final = 2**50
@@ -101,7 +102,9 @@ def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
     for layer in graph.layers:
         split = strategy[layer.id]
         legal = (
-            split == io_split(layer.output, mesh, io) if is_boundary(layer.op) else is_legal(layer, graph, mesh, split)
+            split in io_splits(layer, mesh, io, frozenset(Dimension))
+            if is_boundary(layer.op)
+            else is_legal(layer, graph, mesh, split)
         )
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind

@@ -96,11 +96,16 @@ class CostPart(StrictModel):
 
 
 class LayerPart(StrictModel):
-    """One layer: its split and what that is predicted to cost."""
+    """One layer: its split and what that is predicted to cost.
+
+    ``overlap``: compute while rows of neighbours are on their way, forward and backward (``runtime.halo``); of no
+    effect where the layer needs none, or gets them by another exchange.
+    """
 
     id: Name
     op: Name
     split: dict[Name, Dimension]
+    overlap: bool = False
     cost: CostPart
     memory_bytes: Bytes
 
@@ -199,7 +204,7 @@ class Plan(StrictModel):
     batch: Count
     precision: Literal["fp32", "tf32", "bf16"]
     optimizer: Literal["sgd", "momentum", "adam"]
-    io: Literal["per-rank", "global"]
+    io: Literal["per-rank", "global", "local"]
     sync_batch_norm: bool
     bucket_bytes: Annotated[int, Field(ge=1, le=2**40)]
     cluster: ClusterPart
@@ -268,7 +273,8 @@ class Plan(StrictModel):
         splits = [[layer.id, layer.split] for stage in self.stages for layer in stage.layers]
         meshes = [stage.mesh.model_dump(mode="json") for stage in self.stages]
         sharding = [stage.parameter_sharding for stage in self.stages if stage.parameter_sharding != "none"]
-        return sha256_of([decisions, splits, meshes, *sharding])
+        overlap = [["overlap", layer.id] for stage in self.stages for layer in stage.layers if layer.overlap]
+        return sha256_of([decisions, splits, meshes, *sharding, *overlap])
 
 
 def json_schema() -> str:

@@ -112,7 +112,9 @@ def _blocking_s(c: LayerCost) -> float:
 
 
 def _sync_s(table: CostTable, c: LayerCost) -> float:
-    return sum(table.model.sync(axes, b).seconds for axes, b in c.sync.items())
+    model = table.model
+    whole_s = sum(model.pricer.all_reduce(axes, b).seconds for axes, b in c.whole.items())
+    return whole_s + sum(model.sync(axes, b).seconds for axes, b in c.sync.items())
 
 
 def _sync_of(table: CostTable, weight: float, least_of_bucket: int | None) -> Callable[[Axes, int], float]:

@@ -8,7 +8,7 @@ from runtime.launch import run_local
 from support.equality import NETS, TOLERANCE, loss_difference, planner_for, random_plan, reference
 
 FIXED = ("data", "model", "model-in", "conv-data-fc-model", "auto")
-NUM_RANDOM = 30 if os.environ.get("LAYERWISE_FULL") else 4
+NUM_RANDOM = 30 if os.environ.get("LAYERWISE_FULL") else 2
 
 
 @pytest.mark.dist

@@ -32,9 +32,10 @@ def commands_of(file: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, host_cache: Path) -> Path:
     """A folder in which the examples can be named as from the repository root."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "cache").symlink_to(host_cache)
     return tmp_path
 
 

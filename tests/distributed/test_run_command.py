@@ -11,6 +11,7 @@ import pytest
 
 from planner.plan import Plan
 from planner.plan.measured import read_measured
+from support.command_line import ROOT, layerwise
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -40,27 +41,29 @@ def net(folder: str):
 """
 
 
-def layerwise(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, where its measurements of this host are kept too."""
-    paths = [str(Path.cwd()), *filter(None, sys.path)]
-    found = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}}
-    found |= {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(paths)} | environment
-    command = [sys.executable, "-m", "planner", *arguments]
-    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a plan for two ranks."""
     place = tmp_path_factory.mktemp("run")
-    done = layerwise(place, "plan", "lenet5", "--devices", "2", "--batch", "8", "--all-devices", "-o", "plan.json")
-    assert done.returncode == 0, done.stderr
+    plan = place / "plan.json"
+    done = layerwise("plan", "lenet5", "--devices", "2", "--batch", "8", "--all-devices", "-o", plan)
+    assert done.code == 0, done.err
     return place
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder: Path, host_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in the folder; measurements of this host are kept apart from the user's."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(host_cache))
+    monkeypatch.syspath_prepend(ROOT)  # for the ranks
 
 
 def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_prediction(folder: Path) -> None:
     files = ("--measured", "run.json", "--trace", "trace.json")
-    done = layerwise(folder, "run", "plan.json", "--steps", "3", "--warmup", "1", *files)
+    command = [sys.executable, "-m", "planner", "run", "plan.json", "--steps", "3", "--warmup", "1", *files]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if "s " in line]
     for name in ("predicted for 2xaccelerator-nvlink", "predicted for local-2", "measured", "measured, compute only",
@@ -80,15 +83,15 @@ def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_pre
     trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
     lengths = {pid: sum(e["dur"] for e in trace if e["ph"] == "X" and e["pid"] == pid) for pid in (0, 1)}
     assert lengths[found.rank] == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
-    done = layerwise(folder, "calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
-    assert done.returncode == 0, done.stderr
+    calibrated = layerwise("calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
+    assert calibrated.code == 0, calibrated.err
 
 
-def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_not(folder: Path) -> None:
+def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_not() -> None:
     asked = ("compare", "lenet5", "--cluster", "local-2", "--batch", "8", "--dims", "sample,height", "--json")
-    done = layerwise(folder, *asked, "--mesh", "cpu=2", "--solver", "dp", "--measure", "--steps", "3", "--warmup", "1")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    done = layerwise(*asked, "--mesh", "cpu=2", "--solver", "dp", "--measure", "--steps", "3", "--warmup", "1")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     rows = {(row["name"], row["is_planned"]): row for row in found["measured"]["strategies"]}
     assert [row["name"] for row in found["strategies"]] == [name for name, _ in rows]
     data = rows["data", False]
@@ -100,21 +103,23 @@ def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_
     assert (correlation is None) == (len({row["predicted_s"] for row in ran}) < 2)
 
 
-def test_a_plan_for_another_number_of_ranks_is_refused_before_anything_starts(folder: Path) -> None:
-    done = layerwise(folder, "run", "plan.json", RANK="0", WORLD_SIZE="3")
-    assert done.returncode == EXIT_USAGE
-    assert "for 2 ranks, but 3 are running" in done.stderr
-    assert done.stdout == ""
+def test_a_plan_for_another_number_of_ranks_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    done = layerwise("run", "plan.json")
+    assert done.code == EXIT_USAGE
+    assert "for 2 ranks, but 3 are running" in done.err
+    assert done.out == ""
 
 
 def test_what_is_no_plan_or_a_broken_one_is_refused(folder: Path) -> None:
     broken = (folder / "plan.json").read_text().replace('"batch": 8', '"batch": -8')
     (folder / "broken.json").write_text(broken)
     for name, message in [("absent.json", "absent.json"), ("broken.json", "$.batch")]:
-        done = layerwise(folder, "run", name)
-        assert done.returncode == EXIT_USAGE
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        done = layerwise("run", name)
+        assert done.code == EXIT_USAGE
+        assert message in done.err
+        assert "Traceback" not in done.err
 
 
 def is_alive(pid: int) -> bool:
@@ -128,15 +133,15 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds_and_is_named(folder: 
     (folder / "mortal.py").write_text(MORTAL)
     model = ["mortal.py:net", "--model-args", f"folder={folder}", "--input", "8"]
     how = ["--devices", "2", "--batch", "8", "--solver", "data", "-o", "mortal.json"]
-    planned = layerwise(folder, "plan", *model, *how)
-    assert planned.returncode == 0, planned.stderr
+    planned = layerwise("plan", *model, *how)
+    assert planned.code == 0, planned.err
     assert Plan.load(folder / "mortal.json").model.arguments == {"folder": str(folder)}
-    done = layerwise(folder, "run", "mortal.json")
+    done = layerwise("run", "mortal.json")
     (folder / "ended").touch()
     died_s, ended_s = ((folder / name).stat().st_mtime for name in ("died", "ended"))
     assert ended_s - died_s < 10  # the timeouts of the groups are 60 s and more
-    assert done.returncode == EXIT_RUN_FAILED, done.stderr
-    assert f"rank 1 was killed by {signal.SIGKILL.name}" in done.stderr
+    assert done.code == EXIT_RUN_FAILED, done.err
+    assert f"rank 1 was killed by {signal.SIGKILL.name}" in done.err
     pids = [int(file.read_text()) for file in folder.glob("*.pid")]
     assert len(pids) == 2
     assert not any(map(is_alive, pids))

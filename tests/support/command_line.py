@@ -1,6 +1,7 @@
 """``layerwise`` as a user meets it: in this process, or in one of its own."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.cli import terminal
 from planner.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +34,20 @@ def layerwise(*arguments: str | Path, stdin: str = "") -> Ran:
     with pytest.MonkeyPatch.context() as patch:
         for name, stream in (("stdin", io.StringIO(stdin)), ("stdout", out), ("stderr", err)):
             patch.setattr(sys, name, stream)
-        with pytest.raises(SystemExit) as ended:
-            main(list(map(str, arguments)))
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(list(map(str, arguments)))
+        finally:
+            undo_logging()
     assert isinstance(ended.value.code, int)
     return Ran(ended.value.code, out.getvalue(), err.getvalue())
+
+
+def undo_logging() -> None:
+    """Undo what every command sets up."""
+    logging.getLogger().removeHandler(terminal._ON_STDERR)
+    for package in ("planner", "runtime"):
+        logging.getLogger(package).setLevel(logging.NOTSET)
 
 
 def process(*arguments: str, hash_seed: str = "random") -> Ran:

@@ -1,9 +1,8 @@
 """A planned training run against one device: losses, every gradient, weights and buffers, in float64."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +11,17 @@ from torch.nn import functional
 
 from planner.api import Machine, Options, Origin, Planner, machine_of, prepare
 from planner.frontend.lower import TracedModel
+from planner.ir.layout import Layout, Whole
 from planner.ir.rules import layouts
 from planner.models.alexnet import alexnet
 from planner.models.lenet import lenet5
 from planner.models.resnet import cifar_resnet
 from planner.models.vgg import vgg
 from planner.plan import Plan
-from runtime.communicator import ThreadCommunicator, ThreadWorld
 from runtime.launch import Process
-from runtime.parallel import ParallelModule, lower, parallelize, trace_for
+from runtime.parallel import ParallelModule, parallelize, trace_for
+from runtime.threads import run_ranks as run_ranks
 from runtime.training import own_samples
-
-T = TypeVar("T")
 
 torch.set_num_threads(1)  # the ranks are the threads; small tensors gain nothing from more
 
@@ -130,8 +128,24 @@ def own_parts(plan: Plan, traced: TracedModel, position: int) -> dict[str, tuple
         mine = layouts(layer, graph.inputs_of(layer), plan.mesh, plan.strategy[layer.id])
         for parameter, layout in zip(layer.params, mine.params, strict=True):
             region = layout.region(position)
-            found[parameter.name] = tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))
+            part = [slice(a, b) for a, b in zip(region.start, region.stop, strict=True)]
+            if plan.stages[0].parameter_sharding != "none" and parameter.trainable and part:
+                part[0] = own_rows(layout, position)
+            found.setdefault(parameter.name, tuple(part))
     return found
+
+
+def own_rows(layout: Layout, position: int) -> slice:
+    """Return the rows of a sharded parameter on a rank, worked out rank by rank."""
+    mesh, shared = layout.mesh, layout.axes_with(Whole.SHARED)
+    group = next(group for group in mesh.groups(shared) if position in group)
+    bounds = [(layout.region(p).start[0], layout.region(p).stop[0]) for p in range(mesh.size)]
+    first, last = bounds[position]
+    if min(b - a for a, b in bounds) < len(group):
+        return slice(first, last)
+    cuts = [first + (last - first) * i // len(group) for i in range(len(group) + 1)]
+    i = group.index(position)
+    return slice(cuts[i], cuts[i + 1])
 
 
 def worst_difference(net: ParallelModule, traced: TracedModel, expected: Reference, position: int) -> float:
@@ -164,44 +178,6 @@ def relative(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float
     """Return the largest difference, relative to a scale."""
     assert found.shape == expected.shape, f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
     return float((found - expected).abs().max()) / scale
-
-
-def run_ranks(
-    build_net: Callable[[], nn.Module],
-    plan: Plan,
-    work: Callable[[ParallelModule, TracedModel, int], T],
-    communicator: Callable[[ThreadWorld, int], ThreadCommunicator] = ThreadCommunicator,
-) -> list[T]:
-    """Call a function with the parallel module of every rank; the ranks are threads of this process.
-
-    Args:
-        build_net: the whole model; each rank gets one.
-        plan: of the model.
-        work: gets the module, the traced model and the position of the rank in the mesh.
-        communicator: how ranks talk.
-    """
-    world = ThreadWorld(plan.mesh)
-    models = [build_net() for _ in range(plan.mesh.size)]
-    traces = [trace_for(model, plan) for model in models]  # fx patches modules globally while it traces
-    results: dict[int, T] = {}
-    errors: list[BaseException] = []
-
-    def rank(position: int) -> None:
-        try:
-            net = lower(models[position], traces[position], plan, communicator(world, position))
-            results[position] = work(net, traces[position], position)
-        except BaseException as error:
-            errors.append(error)
-            world.abort()
-
-    threads = [threading.Thread(target=rank, args=(position,)) for position in range(plan.mesh.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[position] for position in range(plan.mesh.size)]
 
 
 def on_threads(name: str, plan: Plan) -> float:

@@ -1,16 +1,13 @@
 """Every command sets up logging; tests undo it."""
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 
-from planner.cli import terminal
+from support.command_line import undo_logging
 
 
 @pytest.fixture(autouse=True)
 def _undo_logging() -> Iterator[None]:
     yield
-    logging.getLogger().removeHandler(terminal._ON_STDERR)
-    for package in ("planner", "runtime"):
-        logging.getLogger(package).setLevel(logging.NOTSET)
+    undo_logging()

@@ -2,9 +2,12 @@
 
 import pytest
 
+from planner.ir.dimension import Dimension
+from planner.space.enumerate import DEFAULT_DIMENSIONS
 from support.equality import NETS, TOLERANCE, on_threads, planner_for, random_plan
 
-STRATEGIES = ("data", "model", "model-in", "conv-data-fc-model", "auto")
+STRATEGIES = ("data", "model", "model-in", "conv-data-fc-model", "spatial", "sample-spatial", "auto")
+SPACE = (Dimension.HEIGHT, Dimension.WIDTH)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -18,7 +21,7 @@ def test_a_strategy_equals_one_device(name: str, strategy: str, num_ranks: int) 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", NETS)
 def test_random_mixed_strategies_equal_one_device(name: str, seed: int) -> None:
-    planner = planner_for(name, (2, 3, 4)[seed % 3])
+    planner = planner_for(name, (2, 3, 4)[seed % 3], dimensions=(*DEFAULT_DIMENSIONS, *SPACE))
     assert on_threads(name, random_plan(planner, seed)) < TOLERANCE
 
 

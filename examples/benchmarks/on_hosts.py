@@ -1,0 +1,105 @@
+"""What the benchmarks on two hosts share: planning on measured rates and layers, and races of training steps."""
+
+import dataclasses
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from planner.api import Machine, Options, Origin, Planner, example_inputs, measure_host, measure_layers, prepare
+from planner.frontend.source import load_model
+from planner.measure.host import machine_from
+from planner.plan import Plan
+from planner.profile.measurement import Measurement
+from planner.units import parse_bit_rate
+from runtime.launch import run_local
+from runtime.namespaces import Hosts, two_hosts
+
+Layers = Mapping[str, Measurement]
+Samples = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and what it is trained on.
+
+    Attributes:
+        model: as the command line takes it.
+        batch: samples of all hosts together.
+        image: of one sample, channels first.
+        arguments: of the model.
+        optimizer: see ``planner.api.Options``.
+    """
+
+    model: str
+    batch: int
+    image: tuple[int, ...]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: str = "momentum"
+
+    @property
+    def size(self) -> str:
+        """The image as text."""
+        return "x".join(map(str, self.image))
+
+
+@contextmanager
+def planner_on_hosts(case: Case, rate: str, layers: Layers | None = None) -> Iterator[tuple[Planner, Hosts]]:
+    """Give two hosts joined by a link of a rate, and a planner on measurements of them.
+
+    Args:
+        case: the network.
+        rate: of the link, per direction, such as ``1gbit``.
+        layers: times of the layers' pieces, where they were measured before; they do not depend on the link.
+    """
+    with two_hosts(parse_bit_rate(rate)) as hosts:
+        machine = Machine(*machine_from(measure_host(2, hosts), 2))
+        module = load_model(case.model, dict(case.arguments)).module
+        options = Options(all_devices=True, optimizer=case.optimizer)
+        origin = Origin(case.model, case.model, case.arguments)
+        planner = prepare(module, example_inputs([case.image], case.batch), machine, options, origin)
+        if layers is None:
+            planner = measure_layers(planner, hosts)
+        else:
+            profile = dataclasses.replace(planner.machine.profile, layers=layers)
+            planner = dataclasses.replace(planner, machine=Machine(planner.machine.graph, profile))
+        yield planner, hosts
+
+
+def plan_with(planner: Planner, **options: Any) -> Plan:
+    """Return the plan for other options."""
+    return dataclasses.replace(planner, options=dataclasses.replace(planner.options, **options)).plan()
+
+
+def raced(plans: Mapping[str, Plan], hosts: Hosts, function: str = "runtime.training:race", **argument: Any) -> Samples:
+    """Train strategies side by side on the hosts, a step of each after the other; return their seconds by name."""
+    found, _ = run_local(
+        function,
+        {"plans": {name: plan.to_json() for name, plan in plans.items()}, **argument},
+        num_ranks=2,
+        timeout_s=3600.0,
+        threads_per_rank=1,
+        hosts=hosts,
+    )
+    assert isinstance(found, dict)
+    return found
+
+
+def iqr(samples: Sequence[float]) -> float:
+    """Return the inter-quartile range."""
+    quartiles = statistics.quantiles(samples, n=4)
+    return quartiles[2] - quartiles[0]
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the median of the ratios of paired samples."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def ratio_interval(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """Return a 95 % bootstrap interval of the median of the ratios of paired samples."""
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    return medians[round(0.025 * resamples)], medians[round(0.975 * resamples) - 1]

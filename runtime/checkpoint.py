@@ -1,0 +1,347 @@
+"""Checkpoints: saved under one plan and number of ranks, loaded under any other.
+
+A checkpoint is a folder that all ranks see. It holds whole tensors in pieces (weights and buffers of the state dict,
+the optimizer's state by the names of parameters), and what a run needs to go on: the step, the seed of everything
+random in the network, torch's generators of every rank, and what the user adds. ``runtime.storage`` has the format.
+"""
+
+import io
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.staging import AsyncStager
+
+from planner.errors import LayerwiseError, MismatchError, UsageError
+from planner.ir.region import Region
+from runtime import storage
+from runtime.generators import generators, restore_generators
+from runtime.groups import saving_group
+from runtime.optimizers import (
+    OptimizerPart,
+    State,
+    full_optimizer_state_dict,
+    load_full_optimizer,
+    matched,
+    parameter_names,
+    restore,
+    target,
+)
+from runtime.storage import Entry, Job, Stored
+from runtime.whole import Part, export, full_state_dict, load_full, refuse_differences, source_of
+
+__all__ = [
+    "Resumed", "Saving", "exists", "export", "full_optimizer_state_dict", "full_state_dict", "load", "load_full",
+    "load_full_optimizer", "save", "start_saving",
+]  # fmt: skip
+
+FORMAT: Final = 1
+_ABOUT: Final = "about"
+_MODEL: Final = "model"
+_STATE: Final = ("optim", "state")
+_RANDOM: Final = "random"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        step: as given to ``save``.
+        extra: likewise.
+    """
+
+    step: int
+    extra: Any
+
+
+class Saving:
+    """A checkpoint on its way to disk."""
+
+    _last: ClassVar["Saving | None"] = None
+
+    def __init__(self, folder: Path, result: "Future[Any]") -> None:
+        self._folder, self._result, self._told = folder, result, False
+
+    def done(self) -> bool:
+        """Return whether it is on disk, or failed."""
+        return self._result.done()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is on disk on all ranks.
+
+        Raises:
+            RunError: some rank could not write. It is raised once: here, or by the next save.
+        """
+        if self._told:
+            return
+        self._told = True
+        try:
+            self._result.result()
+        except (Exception, dcp.CheckpointException) as error:
+            raise storage.failure(error, self._folder) from error
+
+    @classmethod
+    def finish(cls) -> None:
+        """Wait for the last one that this process started."""
+        last, cls._last = cls._last, None
+        if last is not None:
+            last.wait()
+
+
+def exists(folder: str | os.PathLike[str]) -> bool:
+    """Return whether there is a complete checkpoint of this name."""
+    return storage.exists(_path(folder))
+
+
+def save(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    extra: Any = None,
+) -> None:
+    """Write a checkpoint; every rank must call it.
+
+    Each region of each tensor is written by one of the ranks that store it. The folder appears under its name when all
+    of it is on disk; until then an older checkpoint of that name stays, and stays readable if a rank is killed.
+
+    Args:
+        net: of ``parallelize``; or a plain module that every rank has whole.
+        optimizer: of its parameters, any of ``torch.optim`` whose state is numbers and tensors of each parameter.
+        folder: on a file system that all ranks see. An older checkpoint there is replaced.
+        step: how many steps were made; for the user.
+        extra: what else to keep, such as the state dicts of a scheduler and a ``GradScaler``: numbers, strings,
+            tensors, and lists and dicts of them. That of the first rank is kept.
+
+    Raises:
+        UsageError: the folder holds other things, not every rank sees it, or something cannot be saved.
+        RunError: some rank could not write; or the save before this one failed in the background.
+    """
+    Saving.finish()
+    part, path = Part.of(net), _path(folder)
+    job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
+    try:
+        if dist.is_initialized():
+            dcp.save(job.tensors, storage_writer=job.writer, planner=job.planner, process_group=saving_group(part.mesh))
+        else:
+            storage.write_together([job])
+    except LayerwiseError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        raise storage.failure(error, path) from error
+
+
+def start_saving(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    extra: Any = None,
+) -> Saving:
+    """Start to write a checkpoint behind training; every rank must call it. Arguments and errors as of ``save``.
+
+    It returns when this rank's share is copied to host memory; training may go on. A save that is still under way is
+    waited for first, and its error is raised here. Call ``wait()`` of the last one before the process group is
+    destroyed.
+    """
+    Saving.finish()
+    part, path = Part.of(net), _path(folder)
+    job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
+    result: Any
+    if dist.is_initialized():
+        result = dcp.async_save(
+            job.tensors,
+            storage_writer=job.writer,
+            planner=job.planner,
+            process_group=saving_group(part.mesh),
+            async_stager=_Copies(),
+        )
+    else:
+        job.tensors = _Copies().stage(job.tensors)
+        executor = ThreadPoolExecutor(1)
+        result = executor.submit(storage.write_together, [job])
+        executor.shutdown(wait=False)
+    Saving._last = saving = Saving(path, result)
+    return saving
+
+
+class _Copies(AsyncStager):
+    """Copies what is to be written, so that training may go on; only this rank's share is here."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_dict.items()}
+
+
+def load(net: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str | os.PathLike[str]) -> Resumed:
+    """Read a checkpoint into a module and an optimizer; every rank must call it.
+
+    Each rank reads its pieces. Names, shapes and files are checked before anything is overwritten. Gradients, and how
+    the optimizer computes a step (``foreach``, ``fused``), stay. Torch's generators get the state that they had on the
+    same rank; on ranks that did not exist, they are seeded from those of rank ``r mod n`` and r, where n ranks saved.
+
+    Args:
+        net: of ``parallelize``, under any plan on any number of ranks, or a plain module.
+        optimizer: of its parameters, of the class that was saved; None to leave its state in the file.
+        folder: as given to ``save``.
+
+    Returns:
+        The step and what else was saved.
+
+    Raises:
+        UsageError: there is no such checkpoint, it is incomplete, or it is damaged.
+        MismatchError: it is of another model or optimizer; nothing was overwritten.
+        RunError: a file cannot be read.
+    """
+    Saving.finish()
+    part, path = Part.of(net), _path(folder)
+    ready = part.agree(lambda: _Loading(part, optimizer, path), f"loading {path}")
+    part.agree(ready.read, f"reading {path}")
+    return ready.finish()
+
+
+class _Loading:
+    """Everything that a rank will read, checked."""
+
+    def __init__(self, part: Part, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+        self._part, self._optimizer = part, optimizer
+        self._stored = Stored(folder)
+        self._about = self._read_about(folder)
+        self._targets = self._weights()
+        self._state: State = {}
+        self._names: dict[int, str] = {}
+        self._options: list[dict[str, Any]] = []
+        if optimizer is not None:
+            self._optimizer_state(optimizer)
+
+    def _read_about(self, folder: Path) -> Mapping[str, Any]:
+        blobs = self._stored.blobs(_ABOUT)
+        about = _unpacked(blobs[_ABOUT]) if blobs else {}
+        if about.get("format") != FORMAT:
+            raise UsageError(f"{folder} was not written by this version of runtime.checkpoint")
+        return about
+
+    def _weights(self) -> list[tuple[str, Region, torch.Tensor]]:
+        prefix = f"{_MODEL}."
+        keys = {key.removeprefix(prefix): key for key in self._stored.shapes if key.startswith(prefix)}
+        keys |= {name: keys[first] for name, first in self._about["tied"].items()}
+        refuse_differences(
+            self._part, {name: self._stored.shapes[key] for name, key in keys.items()}, str(self._stored.folder)
+        )
+        return [
+            (keys[source_of(self._part, name, keys)], self._part.held[name].region, tensor)
+            for name, tensor in self._part.tensors.items()
+        ]
+
+    def _optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        saved = self._about["optimizer"]
+        if saved is None:
+            raise MismatchError(f"{self._stored.folder} was saved without an optimizer; load it with None")
+        part = self._part
+        self._names = parameter_names(part, optimizer)
+        self._options = matched(optimizer, self._names, saved["kind"], saved["groups"])
+        for name in self._names.values():
+            self._state[name] = dict(saved["numbers"].get(name, {}))
+            for state in saved["tensors"].get(name, ()):
+                key = ".".join((*_STATE, name, state))
+                shape, dtype = self._stored.shapes[key], self._stored.dtype(key)
+                slot = target(part.held[name], part.tensors[name], shape, dtype, state)
+                self._state[name][state] = slot.tensor
+                self._targets.append((key, slot.regions[part.position], slot.tensor))
+        self._state = {name: state for name, state in self._state.items() if state}
+
+    def read(self) -> None:
+        """Overwrite the weights, and fill the memory of the optimizer's state."""
+        self._stored.read(self._targets)
+
+    def finish(self) -> Resumed:
+        """Set everything else."""
+        about, state = self._about, self._part.state
+        if self._optimizer is not None:
+            restore(self._optimizer, self._names, self._state, self._options)
+        if state is not None and about["passes"] is not None:
+            state.step, state.seed = about["passes"], about["seed"]
+        self._restore_generators()
+        return Resumed(about["step"], about["extra"])
+
+    def _restore_generators(self) -> None:
+        rank = self._part.mesh.ranks[self._part.position]
+        rounds, source = divmod(rank, self._about["ranks"])
+        key = f"{_RANDOM}.{source}"
+        blobs = self._stored.blobs(key)
+        if blobs:  # the ranks of a plan may be others than 0, 1, …
+            restore_generators(_unpacked(blobs[key]), _device(self._part), apart=rank if rounds else 0)
+
+
+def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step: int, extra: Any) -> Job:
+    """Return what this rank writes."""
+    storage.refuse_foreign(folder)
+    entries = [
+        Entry((_MODEL, name), tensor, part.held[name].shape, part.held[name].regions)
+        for name, tensor in part.tensors.items()
+    ]
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "tied": part.tied,
+        "optimizer": None,
+        "ranks": part.mesh.size,
+        "seed": None if part.state is None else part.state.seed,
+        "passes": None if part.state is None else part.state.step,
+        "torch": str(torch.__version__),
+    }
+    if optimizer is not None:
+        mine = OptimizerPart.of(part, optimizer)
+        about["optimizer"] = {"kind": mine.kind, "groups": mine.groups, "tensors": {}, "numbers": mine.numbers}
+        for (name, key), slot in mine.tensors.items():
+            entries.append(Entry((*_STATE, name, key), slot.tensor, slot.shape, slot.regions))
+            about["optimizer"]["tensors"].setdefault(name, []).append(key)
+    _refuse_unreadable("the optimizer's groups", about["optimizer"])
+    _refuse_unreadable("extra", extra)
+    blobs = {(_RANDOM, str(part.mesh.ranks[part.position])): _packed(generators(_device(part)))}
+    if part.position == 0:
+        blobs[_ABOUT,] = _packed({**about, "extra": extra})
+    return Job(folder, entries, blobs, part.position, part.mesh.size)
+
+
+def _refuse_unreadable(what: str, value: Any) -> None:
+    """Check that a value can be read back without running code of the file."""
+    try:
+        _unpacked(_packed(value))
+    except Exception as error:  # pickling and unpickling may raise anything
+        if isinstance(value, dict):
+            for key, item in value.items():
+                _refuse_unreadable(f"{what}[{key!r}]", item)
+        raise UsageError(
+            f"{what} is a {type(value).__name__} and cannot be saved: only numbers, strings, tensors, and lists and "
+            f"dicts of them can ({error.__class__.__name__})"
+        ) from error
+
+
+def _packed(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def _unpacked(blob: bytes) -> Any:
+    return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+
+
+def _device(part: Part) -> torch.device:
+    return next((tensor.device for tensor in part.tensors.values()), torch.device("cpu"))
+
+
+def _path(folder: str | os.PathLike[str]) -> Path:
+    return Path(folder).resolve()

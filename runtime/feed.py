@@ -1,0 +1,92 @@
+"""What a rank passes to the model: how many samples all ranks pass together, and whether its region is the plan's."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from planner.errors import MismatchError
+from planner.ir.dimension import image_roles
+from planner.ir.layout import Layout, balanced_pieces
+from planner.ir.mesh import Mesh
+from planner.ir.region import Region
+from planner.ir.rules import InputOutput, io_layout
+from planner.ir.tensor import TensorSpec
+from planner.plan.schema import Plan
+from runtime.exchange import Batch
+
+
+def input_layouts(plan: Plan) -> dict[str, Layout]:
+    """Return, by the name of every input, which region each rank passes in the planned batch.
+
+    With ``io: per-rank`` and ``io: local`` regions are pieces, with ``io: global`` all ranks pass everything.
+    """
+    found = {}
+    for each in plan.model.inputs:
+        shape = tuple(each.shape)
+        roles = image_roles(len(shape)) if shape[0] == plan.batch else (None,) * len(shape)
+        found[each.name] = io_layout(TensorSpec(shape, each.dtype, roles), plan.mesh, plan.strategy[each.name])
+    return found
+
+
+def own_region(layout: Layout, position: int, batch: int | None = None) -> Region:
+    """Return a mesh position's region of an input, for the planned batch or another one."""
+    return (layout if batch is None else layout.with_size(0, batch)).region(position)
+
+
+def batch_of(io: InputOutput, first: Layout, samples: Sequence[int]) -> Batch:
+    """Return the global batch.
+
+    Args:
+        io: how ranks pass it.
+        first: layout of the first input with samples.
+        samples: that each mesh position passes.
+
+    Raises:
+        MismatchError: a rank passes none, or not those that its region has.
+    """
+    if io is InputOutput.GLOBAL:
+        return Batch(samples[0])
+    if min(samples) < 1:
+        raise MismatchError(f"the ranks passed {tuple(samples)} samples; every rank needs at least one")
+    if io is InputOutput.PER_RANK:
+        return _own_samples(samples)
+    return _of_regions(first, samples)
+
+
+def _own_samples(samples: Sequence[int]) -> Batch:
+    size = sum(samples)
+    balanced = tuple(b - a for a, b in balanced_pieces(size, len(samples)))
+    return Batch(size, None if tuple(samples) == balanced else tuple(samples))
+
+
+def _of_regions(first: Layout, samples: Sequence[int]) -> Batch:
+    mesh, cutting = first.mesh, first.axes_of(0)
+    heads = [p for p in range(mesh.size) if not any(c for a, c in enumerate(mesh.coordinates(p)) if a not in cutting)]
+    size = sum(samples[p] for p in heads)
+    whole = first.with_size(0, size)
+    wanted = tuple(whole.region(p).shape[0] for p in range(mesh.size))
+    if tuple(samples) != wanted:
+        raise MismatchError(
+            f"the ranks passed {tuple(samples)} samples; with io: local, ranks of one group pass the same samples, and "
+            f"groups pass balanced shares: {wanted} of {size}"
+        )
+    return Batch(size)
+
+
+def refuse_other_region(
+    layouts: Mapping[str, Layout], mesh: Mesh, position: int, passed: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that what a rank passes has the sizes of its regions, samples apart.
+
+    Raises:
+        MismatchError: with the region that the plan wants.
+    """
+    for name, x in passed.items():
+        layout = layouts[name]
+        region = layout.region(position)
+        if tuple(x.shape[1:]) != region.shape[1:]:
+            part = ", ".join(f"{a}:{b}" for a, b in zip(region.start[1:], region.stop[1:], strict=True))
+            raise MismatchError(
+                f"input {name!r} is {tuple(x.shape)} on rank {mesh.ranks[position]}; its part of a sample is [{part}] of "
+                f"{tuple(layout.shape[1:])}. runtime.data cuts batches as a plan wants them."
+            )

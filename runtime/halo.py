@@ -1,0 +1,333 @@
+"""Convolutions whose input piece needs rows of neighbours: their exchange, and computing behind it.
+
+One function does what would else be four: exchange, zeros around the piece, convolution, and the way back. The rows of
+the neighbours and the zeros are put beside the own piece in one copy. Where it is overlapped,
+
+- forward, the borders are on their way while the outputs that need only own rows are computed; then come the strips
+  that need the neighbours';
+- backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed.
+
+The numbers of both ways are the same up to the order of sums.
+Shapes: N samples, C channels, ... space.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from planner.ir import ops as ir
+from planner.ir.halo import Window
+from planner.ir.region import Region
+from planner.ir.transfer import StepKind, steps
+from runtime.communicator import Communicator
+from runtime.exchange import MAX_BATCH_SIZES, Batch, Conversion, ScaleGradient, exchange_of, named
+from runtime.packing import Exchange, narrowed, narrows_of, new_like
+from runtime.pieces import Piece
+from runtime.state import StepState
+
+Box = tuple[tuple[int, int], ...]
+"""Of every dimension of space, first position and the one behind the last."""
+
+_SPACE: Final = 2
+"""The first dimension of space."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution on a piece: which input box its outputs read, and which of them need no neighbour.
+
+    Attributes:
+        op: the convolution, padded with zeros.
+        groups: of the piece.
+        windows: of every dimension of space.
+        padding: that the convolution adds itself: in dimensions that the rank has whole.
+        sizes: of the whole input, in space.
+        outputs: what the rank computes.
+        is_cut: dimensions in which the rank adds the padding.
+    """
+
+    op: ir.Conv
+    groups: int
+    windows: tuple[Window, ...]
+    padding: tuple[int, ...]
+    sizes: tuple[int, ...]
+    outputs: Box
+    is_cut: tuple[bool, ...]
+
+    @staticmethod
+    def of(op: ir.Conv, at: Piece) -> "Geometry":
+        """Return the geometry of a piece."""
+        groups = 1 if op.groups == 1 else op.groups * at.sources[0].shape[1] // op.in_channels
+        uneven = op.padding_after is not None  # the convolution pads both sides alike
+        is_cut = tuple(uneven or not at.is_whole(k + _SPACE) for k in range(len(op.kernel)))
+        windows = tuple(
+            Window(at.output.shape[k + _SPACE], op.kernel[k], op.stride[k], op.padding[k], op.dilation[k])
+            for k in range(len(op.kernel))
+        )
+        padding = tuple(0 if cut else p for cut, p in zip(is_cut, op.padding, strict=True))
+        return Geometry(op, groups, windows, padding, at.inputs[0].shape[_SPACE:], tuple(at.intervals()), is_cut)
+
+    def frame(self, outputs: Box) -> Box:
+        """Return the input box that outputs read; beyond the tensor, where this rank adds the padding itself."""
+        return tuple(
+            window.reach(*interval) if cut else (0, size)
+            for window, interval, cut, size in zip(self.windows, outputs, self.is_cut, self.sizes, strict=True)
+        )
+
+    def interior(self, own: Box) -> Box | None:
+        """Return the outputs that read own positions only; None where there are none, or no others."""
+        found = []
+        for window, (start, stop), (first, last), cut in zip(
+            self.windows, self.outputs, own, self.is_cut, strict=True
+        ):
+            if cut:
+                reach = window.dilation * (window.kernel - 1)
+                start = max(start, -(-(first + window.padding) // window.stride))
+                stop = min(stop, (last - 1 - reach + window.padding) // window.stride + 1)
+            if start >= stop:
+                return None
+            found.append((start, stop))
+        return None if tuple(found) == self.outputs else tuple(found)
+
+    def strips(self, interior: Box) -> tuple[Box, ...]:
+        """Return the outputs around an interior, as boxes without common elements."""
+        found = []
+        for k, ((start, stop), (low, high)) in enumerate(zip(self.outputs, interior, strict=True)):
+            for interval in ((start, low), (high, stop)):
+                if interval[0] < interval[1]:
+                    found.append((*interior[:k], interval, *self.outputs[k + 1 :]))
+        return tuple(found)
+
+    def convolved(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the outputs of a frame."""
+        op = self.op
+        return torch.convolution(
+            x, weight, bias, op.stride, self.padding, op.dilation, False, [0] * len(op.kernel), self.groups
+        )
+
+    def gradients(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of a frame, the weight and the bias, as far as the mask asks for them."""
+        op = self.op
+        found: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+        found = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [weight.shape[0]], op.stride, self.padding, op.dilation, False,
+            [0] * len(op.kernel), self.groups, list(mask),
+        )  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class Halo:
+    """One convolution on one rank for one batch.
+
+    Attributes:
+        geometry: of the piece.
+        forward, backward: the exchange of borders, and that of their gradients.
+        frame: of what the rank's outputs read.
+        interior: the outputs to compute while borders are on their way; None: all of them behind the exchange.
+        name: of what is exchanged, for messages.
+    """
+
+    geometry: Geometry
+    forward: Exchange
+    backward: Exchange
+    frame: Region
+    interior: Box | None
+    name: str
+    communicator: Communicator
+
+    def region(self, box: Box) -> Region:
+        """Return a box in space of all samples and channels of the input."""
+        own = self.forward.own
+        starts, stops = zip(*box, strict=True)
+        return Region((*own.start[:_SPACE], *starts), (*own.stop[:_SPACE], *stops))
+
+    def start(self, exchange: Exchange, x: torch.Tensor, kind: str = "") -> Callable[[], list[torch.Tensor]]:
+        """Start an exchange; failures name it."""
+        with self._named(kind):
+            arrived = exchange.start(x, self.communicator)
+
+        def wait() -> list[torch.Tensor]:
+            with self._named(kind):
+                return arrived()
+
+        return wait
+
+    def _named(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        return named(StepKind.EXCHANGE, self.communicator, kind + self.name)
+
+    def begun(self, x: torch.Tensor, frame: Region) -> torch.Tensor:
+        """Return a frame with what is own in it, and zeros outside the whole tensor; the rest is not filled."""
+        own = self.forward.own
+        if frame == own:
+            return x
+        result = new_like(x, frame.shape)
+        for dim, size in enumerate(self.geometry.sizes, start=_SPACE):
+            before, behind = max(-frame.start[dim], 0), max(frame.stop[dim] - size, 0)
+            if before:
+                result.narrow(dim, 0, before).zero_()
+            if behind:
+                result.narrow(dim, frame.shape[dim] - behind, behind).zero_()
+        common = own.intersect(frame)
+        if common is not None:
+            narrowed(result, narrows_of(common, frame)).copy_(narrowed(x, narrows_of(common, own)))
+        return result
+
+    def finish(self, result: torch.Tensor, frame: Region, parts: Sequence[torch.Tensor]) -> None:
+        """Put what came from others into a frame."""
+        for region, part in zip(self.forward.incoming, parts, strict=True):
+            common = region.intersect(frame)
+            if common is not None:
+                narrowed(result, narrows_of(common, frame)).copy_(narrowed(part, narrows_of(common, region)))
+
+    def computed(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the outputs, and what backward needs beside the weight: the frame, or the own piece and the halos."""
+        geometry = self.geometry
+        wait = self.start(self.forward, x)
+        if self.interior is None:
+            framed = self.begun(x, self.frame)
+            self.finish(framed, self.frame, wait())
+            return geometry.convolved(framed, weight, bias), [framed]
+        inside = self.region(geometry.frame(self.interior))
+        y = geometry.convolved(narrowed(x, narrows_of(inside, self.forward.own)), weight, bias)
+        whole = Region(*(tuple(ends) for ends in zip(*self._of_output(y, geometry.outputs), strict=True)))
+        result = new_like(y, whole.shape)
+        self._place(result, whole, self.interior, y)
+        parts = wait()
+        for strip in geometry.strips(self.interior):
+            frame = self.region(geometry.frame(strip))
+            framed = self.begun(x, frame)
+            self.finish(framed, frame, parts)
+            self._place(result, whole, strip, geometry.convolved(framed, weight, bias))
+        return result, [x, *parts]
+
+    def _place(self, result: torch.Tensor, whole: Region, box: Box, y: torch.Tensor) -> None:
+        part = Region(*(tuple(ends) for ends in zip(*self._of_output(y, box), strict=True)))
+        narrowed(result, narrows_of(part, whole)).copy_(y)
+
+    @staticmethod
+    def _of_output(y: torch.Tensor, box: Box) -> list[tuple[int, int]]:
+        return [(0, y.shape[0]), (0, y.shape[1]), *box]
+
+    def framed(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the frame of all outputs from what ``computed`` kept."""
+        if self.interior is None:
+            return kept[0]
+        result = self.begun(kept[0], self.frame)
+        self.finish(result, self.frame, kept[1:])
+        return result
+
+    def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""
+        own = self.forward.own
+        common = own.intersect(self.frame)
+        if common == own:
+            result = narrowed(framed, narrows_of(own, self.frame))
+        else:
+            result = new_like(framed, own.shape).zero_()
+            if common is not None:
+                narrowed(result, narrows_of(common, own)).copy_(narrowed(framed, narrows_of(common, self.frame)))
+        for region, part in zip(self.backward.incoming, parts, strict=True):
+            place = narrowed(result, narrows_of(region, own))
+            place += part
+        return result
+
+
+class HaloConvolution(torch.autograd.Function):
+    """A convolution on a piece with the exchange of its borders, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, halo: Halo
+    ) -> torch.Tensor:
+        y, kept = halo.computed(x, weight, bias)
+        ctx.halo = halo
+        ctx.save_for_backward(weight, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        halo: Halo = ctx.halo
+        gradient, (weight, *kept) = gradients[0], ctx.saved_tensors
+        of_input, *of_params = ctx.needs_input_grad[:3]
+        geometry = halo.geometry
+        if not of_input:
+            return None, *geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])[1:], None
+        overlapped = halo.interior is not None and any(of_params)
+        if overlapped:  # only the shape of the input matters for its gradient
+            stand_in = weight.new_empty(1).expand(halo.frame.shape)
+            framed, *found = geometry.gradients(gradient, stand_in, weight, [True, False, False])
+        else:
+            framed, *found = geometry.gradients(gradient, halo.framed(kept), weight, [True, *of_params])
+        assert framed is not None
+        wait = halo.start(halo.backward, narrowed(framed, narrows_of(halo.forward.need, halo.frame)), "the gradient of ")
+        if overlapped:
+            _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
+        return halo.gradient_of_piece(framed, wait()), *found, None
+
+
+@dataclass
+class HaloCall:
+    """A convolution on a piece that fetches its borders; called with the own piece, weight and bias.
+
+    Attributes:
+        conversion: from the own piece to what the outputs read; see ``is_halo`` of ``planner.ir.transfer``.
+        geometry: of the piece.
+        overlapped: compute while borders are on their way.
+        state: of this rank.
+        gradient_factor: multiplies the gradient of the input; a function of the state.
+    """
+
+    conversion: Conversion
+    geometry: Geometry
+    overlapped: bool
+    state: StepState
+    gradient_factor: Callable[[StepState], float] | None = None
+    _compiled: dict[Batch, Halo] = field(default_factory=dict)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        halo = self._halo(self.state.current_batch())
+        if self.gradient_factor is not None and x.requires_grad:
+            factor = self.gradient_factor
+            x = ScaleGradient.apply(x, lambda: factor(self.state))
+        found: torch.Tensor = HaloConvolution.apply(*_cast(x, weight, bias), halo)
+        return found
+
+    def _halo(self, batch: Batch) -> Halo:
+        if batch not in self._compiled:
+            if len(self._compiled) >= MAX_BATCH_SIZES:
+                self._compiled.clear()
+            source, target = self.conversion.layouts(batch)
+            communicator = self.state.communicator
+            (there,), (back,) = steps(source, target), steps(target.gradient, source.gradient)
+            forward, backward = exchange_of(there, communicator), exchange_of(back, communicator)
+            own, geometry = forward.own, self.geometry
+            box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
+            starts, stops = zip(*geometry.frame(geometry.outputs), strict=True)
+            frame = Region((*own.start[:_SPACE], *starts), (*own.stop[:_SPACE], *stops))
+            interior = geometry.interior(box) if self.overlapped else None
+            self._compiled[batch] = Halo(
+                geometry, forward, backward, frame, interior, self.conversion.name, communicator
+            )
+        return self._compiled[batch]
+
+    def __str__(self) -> str:
+        return f"conv with halo{', overlapped' if self.overlapped else ''}"
+
+
+def _cast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return tensors in the element type that autocast gives a convolution."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    wanted = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors)

@@ -1,0 +1,265 @@
+"""The parallel module of one rank: what training loops call on it beside forward and backward."""
+
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import fx, nn
+
+from planner.errors import MismatchError, UsageError
+from planner.ir.layout import Layout
+from planner.ir.rules import InputOutput
+from planner.plan.schema import Plan
+from runtime.evaluation import Evaluation
+from runtime.exchange import Batch
+from runtime.feed import batch_of, refuse_other_region
+from runtime.graphs import uncompiled
+from runtime.params import Held
+from runtime.reducer import Reducer
+from runtime.sharding import Shards
+from runtime.state import StepState
+
+_MADE_ANEW = frozenset({"_graph", "_reducer", "_evaluator", "forward"})
+"""Attributes that a copy of a parallel module does not take over."""
+
+
+class ParallelModule(fx.GraphModule):
+    """One rank's part of a planned model: local parameters under their original names.
+
+    ``print(module.code)`` shows what it runs. After ``loss.backward()`` every gradient is that of
+    the mean loss over the global batch, as one device would have it.
+
+    ``copy.deepcopy`` gives a module with parameters and buffers of its own that talks over the same process groups, so
+    ``torch.optim.swa_utils.AveragedModel(net)`` works; like any forward pass, one of the copy is made on all ranks.
+
+    Attributes:
+        plan: that it runs.
+        held: what the ranks store of every parameter and buffer, by every name that it has.
+    """
+
+    plan: Plan
+    held: dict[str, Held]
+    _state: StepState
+    _reducer: Reducer
+    _shards: Shards
+    _inputs: dict[str, Layout]
+    _evaluation: Evaluation | str | None
+
+    # ---- gradients
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients on this rank only; the next backward pass outside reduces their sum."""
+        self._reducer.enabled = False
+        try:
+            yield
+        finally:
+            self._reducer.enabled = True
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """Scale the gradients so that the norm of all of them, over all ranks, is at most ``max_norm``.
+
+        Use this instead of ``torch.nn.utils.clip_grad_norm_``, which knows this rank's pieces only. Every rank must
+        call it, behind a backward pass outside of ``no_sync()``. What several ranks hold counts once.
+
+        Args:
+            max_norm: the largest norm that is left as it is.
+            norm_type: the p of the p-norm; may be infinite, but not 0.
+            error_if_nonfinite: raise where the norm is infinite or not a number, on every rank.
+            foreach: as of torch's function: whether to use its implementation for many tensors at once.
+
+        Returns:
+            The norm before, equal on all ranks; a scalar tensor.
+
+        Raises:
+            UsageError: ``norm_type`` is 0, which counts tensors.
+            RuntimeError: as ``error_if_nonfinite`` says.
+        """
+        if norm_type == 0:
+            raise UsageError("clip_grad_norm_: norm_type 0 counts tensors, not their elements. Use another norm.")
+        kept: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None and parameter.grad.numel():
+                kept[self._copies(name)].append(parameter.grad)
+        norms = {count: nn.utils.get_total_norm(grads, norm_type, False, foreach) for count, grads in kept.items()}
+        total = self._norm_over_ranks(norms, float(norm_type))
+        if error_if_nonfinite and not total.isfinite():
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+                "`error_if_nonfinite=False`"
+            )
+        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, total, foreach)
+        return total
+
+    def clip_grad_value_(self, clip_value: float, foreach: bool | None = None) -> None:
+        """Clip every element of the gradients; the same as ``torch.nn.utils.clip_grad_value_`` on the parameters."""
+        nn.utils.clip_grad_value_(self.parameters(), clip_value, foreach)
+
+    def add_over_ranks(self, numbers: torch.Tensor) -> None:
+        """Add a contiguous tensor over all ranks of the plan, in place; every rank must call it."""
+        everyone = tuple(range(len(self.plan.mesh.axes)))
+        if everyone:
+            self._state.communicator.all_reduce(numbers, everyone)
+
+    def _copies(self, name: str) -> int:
+        """Return how many ranks hold the same piece of a parameter; all, where the model did not have it."""
+        return len(self.held[name].holders) if name in self.held else self.plan.mesh.size
+
+    def _norm_over_ranks(self, norms: dict[int, torch.Tensor], p: float) -> torch.Tensor:
+        """Return the norm over all ranks, of norms over what so many ranks hold each."""
+        device = next(self.parameters()).device
+        everyone = tuple(range(len(self.plan.mesh.axes)))
+
+        def gathered(own: torch.Tensor) -> torch.Tensor:
+            world = self.plan.mesh.size
+            return self._state.communicator.all_gather(own.view(1), [1] * world, everyone) if everyone else own.view(1)
+
+        mine = torch.stack([n.double() for n in norms.values()] or [torch.zeros((), dtype=torch.double, device=device)])
+        if p == torch.inf:
+            total = gathered(mine.max()).max()
+        elif p == -torch.inf:
+            total = gathered(mine.min() if norms else mine.new_full((), torch.inf)).min()
+        else:
+            counts = mine.new_tensor(list(norms) or [1])
+            addend = (mine**p / counts).sum() if norms else mine.new_zeros(())
+            total = gathered(addend).sum() ** (1.0 / p)
+        dtypes = [n.dtype for n in norms.values()] or [next(self.parameters()).dtype]
+        widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        return total.to(widest)
+
+    # ---- modes
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as of every module; where the model's code asks for it, another graph runs in evaluation."""
+        super().train(mode)
+        self._choose_graph()
+        return self
+
+    def _choose_graph(self) -> None:
+        """Let ``forward`` run the graph of the mode; ``self.graph`` and ``self.code`` are those of training."""
+        vars(self).pop("forward", None)
+        if not self.training and isinstance(self._evaluation, Evaluation):
+            found = vars(self).get("_evaluator") or self._evaluation.bound(self)
+            vars(self)["_evaluator"] = found  # past nn.Module, which would make it a part of this one
+            self._shards.follow(found)
+            vars(self)["forward"] = found.forward
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Convert tensors (``to``, ``double``, ``cuda``); what refers to them is made anew."""
+        super()._apply(fn, recurse)
+        self._shards.refresh()
+        self._reducer.refresh()
+        vars(self).pop("_evaluator", None)
+        if isinstance(self._evaluation, Evaluation):
+            self._evaluation.convert(fn)
+        self._choose_graph()
+        return self
+
+    # ---- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for shared in (self._state.communicator, self.plan, self.held):
+            memo[id(shared)] = shared
+        found = type(self).__new__(type(self))
+        memo[id(self)] = found
+        fx.GraphModule.__init__(found, {}, fx.Graph(), type(self).__name__)
+        vars(found).update(copy.deepcopy({k: v for k, v in vars(self).items() if k not in _MADE_ANEW}, memo))
+        found._shards.refresh()
+        found._reducer = self._reducer.copied(memo)
+        found._shards.serve(found._reducer)
+        found.graph = copy.deepcopy(self.graph)
+        found._choose_graph()
+        return found
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "a parallel module cannot be pickled: it talks through process groups of this job. Save its tensors "
+            "(state_dict()), or the checkpoint of runtime.checkpoint, and parallelize the model again."
+        )
+
+    # ---- forward
+
+    @uncompiled
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.training and isinstance(self._evaluation, str):
+            raise UsageError(self._evaluation)
+        state = self._state
+        self._shards.prepare()
+        self._reducer.reset()
+        state.current_batch()  # that of an earlier pass nobody asked for
+        samples = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
+        if len(samples) != 1:
+            raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
+        state.rank_samples = samples.pop()
+        if self.training:
+            state.step += 1
+        io, layouts = self.plan.input_output, self._inputs
+        if io is InputOutput.GLOBAL:
+            state.batch = Batch(state.rank_samples)
+            self._shards.enter(self.training)
+            return
+        first = next(iter(layouts.values()))
+        if io is InputOutput.LOCAL:
+            named = dict(zip(layouts, args, strict=False)) | kwargs
+            passed = {name: named[name] for name in layouts if isinstance(named.get(name), torch.Tensor)}
+            refuse_other_region(layouts, self.plan.mesh, state.communicator.position, passed)
+        pending = state.communicator.start_gather_ints(state.rank_samples)
+
+        def resolve() -> None:
+            state.batch = batch_of(io, first, pending())
+
+        state.resolve_batch = resolve
+        self._shards.enter(self.training)
+
+    @uncompiled
+    def _after_forward(self, *_: Any) -> None:
+        self._shards.leave()
+
+
+class Container(nn.Module):
+    """Stands for a module of the user's whose ``forward`` was traced: it holds the parts under their names."""
+
+    def _refuse_hook(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        parts = ", ".join(name for name, _ in self.named_children())
+        raise UsageError(
+            f"a hook on this module would never be called: its forward() was traced, and only its operators run. "
+            f"Register the hook on one of its parts ({parts}), or on the parallel module."
+        )
+
+    register_forward_hook = _refuse_hook
+    register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = _refuse_hook
+    register_full_backward_pre_hook = _refuse_hook
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def keep_hooks(local: nn.Module, model: nn.Module) -> None:
+    """Let hooks on modules of the model be called by what stands for them, those that come later too."""
+    originals = dict(model.named_modules())
+    for name, part in local.named_modules():
+        if type(part) is nn.Module:
+            part.__class__ = Container
+        original = originals.get(name)
+        if original is None or original is part or isinstance(part, Container):
+            continue
+        for kind in _HOOKS:
+            if name:
+                vars(part)[kind] = vars(original)[kind]
+            else:
+                vars(part)[kind].update(vars(original)[kind])
+        vars(part)["_is_full_backward_hook"] = vars(original).get("_is_full_backward_hook")

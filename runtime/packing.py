@@ -1,0 +1,143 @@
+"""One exchange on one rank: which regions of its piece go to whom, and where what comes is put.
+
+Border rows are few beside the piece, so nothing but them is copied into the message, and what a rank
+keeps is left where it is until somebody says where it goes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planner.ir.region import Region
+from planner.ir.transfer import Step, Transfer
+from runtime.communicator import Axes, Communicator, members_of
+
+Narrows = tuple[tuple[int, int, int], ...]
+"""Of every dimension that is cut: itself, the first position, how many."""
+
+
+def narrows_of(region: Region, frame: Region) -> Narrows:
+    """Return where a region lies in a tensor that holds a frame, for ``narrowed``."""
+    pairs = enumerate(zip(region.start, region.stop, frame.start, frame.stop, strict=True))
+    return tuple((dim, a - c, b - a) for dim, (a, b, c, d) in pairs if (a, b) != (c, d))
+
+
+def narrowed(x: torch.Tensor, narrows: Narrows) -> torch.Tensor:
+    """Return a part of a tensor, as a view."""
+    for dim, start, length in narrows:
+        x = x.narrow(dim, start, length)
+    return x
+
+
+def new_like(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of another shape, not filled, in the memory format of the given one."""
+    format_ = format_of(x) if len(shape) == x.dim() else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=format_)
+
+
+def format_of(x: torch.Tensor) -> torch.memory_format:
+    """Return the memory format of a tensor: channels last where it surely is that, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    is_last = last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
+    return last if is_last and last is not None else torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank does in one exchange.
+
+    Attributes:
+        axes: along which ranks talk.
+        own: region that the rank has before.
+        need: region that it has after.
+        kept: what of its own region it needs itself; None where that is nothing.
+        incoming: regions that come, in the order in which they do.
+        has_addends: what comes, or is kept, overlaps: it is to be added up.
+    """
+
+    axes: Axes
+    own: Region
+    need: Region
+    kept: Region | None
+    incoming: tuple[Region, ...]
+    has_addends: bool
+    _sent: tuple[tuple[Narrows, tuple[int, ...]], ...]
+    _send_counts: tuple[int, ...]
+    _receive_counts: tuple[int, ...]
+
+    @staticmethod
+    def of(step: Step, listed: Sequence[Transfer], communicator: Communicator) -> "Exchange":
+        """Return the part of this rank in a step; ``listed`` are the step's copies (``planner.ir.transfer.transfers``)."""
+        position = communicator.position
+        members = members_of(communicator.mesh, position, step.axes)
+        own, need = step.source.region(position), step.target.region(position)
+        listed = [t for t in listed if t.source in members and t.target in members]
+        outgoing = [[t.region for t in listed if t.source == position != m and t.target == m] for m in members]
+        incoming = [[t.region for t in listed if t.target == position != m and t.source == m] for m in members]
+        kept = own.intersect(need) if any(t.source == t.target == position for t in listed) else None
+        arriving = tuple(region for regions in incoming for region in regions)
+        placed = [*arriving, *([kept] if kept is not None else [])]
+        return Exchange(
+            step.axes, own, need, kept, arriving,
+            any(a.intersect(b) is not None for a, b in itertools.combinations(placed, 2)),
+            tuple((narrows_of(region, own), region.shape) for regions in outgoing for region in regions),
+            tuple(sum(r.volume for r in regions) for regions in outgoing),
+            tuple(sum(r.volume for r in regions) for regions in incoming),
+        )  # fmt: skip
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what others need of the own region, one after the other."""
+        packed = x.new_empty(sum(self._send_counts))
+        place = 0
+        for narrows, shape in self._sent:
+            size = math.prod(shape)
+            packed.narrow(0, place, size).view(shape).copy_(narrowed(x, narrows))
+            place += size
+        return packed
+
+    def start(self, x: torch.Tensor, communicator: Communicator) -> Callable[[], list[torch.Tensor]]:
+        """Send what others need; the result waits for what comes, one tensor for each of ``incoming``.
+
+        Exchanges must start in one order on all ranks, and each must end before another collective starts.
+        """
+        wait = communicator.start_exchange(self.packed(x), self._send_counts, self._receive_counts, self.axes)
+        return lambda: self._parts(wait())
+
+    def run(self, x: torch.Tensor, communicator: Communicator) -> torch.Tensor:
+        """Exchange; return the region that the rank needs."""
+        found = communicator.exchange(self.packed(x), self._send_counts, self._receive_counts, self.axes)
+        result = self._begun(x)
+        self.put(self._parts(found), result, self.need)
+        return result
+
+    def _parts(self, found: torch.Tensor) -> list[torch.Tensor]:
+        parts = found.split([region.volume for region in self.incoming])
+        return [part.view(region.shape) for part, region in zip(parts, self.incoming, strict=True)]
+
+    def put(self, parts: Sequence[torch.Tensor], result: torch.Tensor, frame: Region) -> None:
+        """Copy what came, or add it, to where it belongs in a tensor that holds a frame."""
+        for region, part in zip(self.incoming, parts, strict=True):
+            place = narrowed(result, narrows_of(region, frame))
+            if self.has_addends:
+                place += part
+            else:
+                place.copy_(part)
+
+    def _begun(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the needed region with what was kept; zeros where others add or nothing comes."""
+        result = new_like(x, self.need.shape)
+        kept = self.kept
+        if self.has_addends or self._covered < self.need.volume:
+            if kept != self.need:
+                result.zero_()
+        if kept is not None:
+            narrowed(result, narrows_of(kept, self.need)).copy_(narrowed(x, narrows_of(kept, self.own)))
+        return result
+
+    @property
+    def _covered(self) -> int:
+        """Elements that are put in place, were there no addends."""
+        return sum(region.volume for region in self.incoming) + (self.kept.volume if self.kept is not None else 0)
