@@ -3,6 +3,9 @@
     layerwise plan examples/train.py:build_model --input 1,8,8 --cluster local-2 --batch 64 --all-devices -o plan.json
     torchrun --nproc-per-node 2 examples/train.py plan.json
 
+With --checkpoint FOLDER the run saves itself behind each epoch; started again, under this plan or another one and on
+any number of ranks, it goes on from there.
+
 Against a script for torch's DistributedDataParallel, three lines are new. They are marked.
 """
 
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import runtime  # line 1
 from planner.plan import Plan
+from runtime import checkpoint
 from runtime.launch import initialize
 
 
@@ -82,6 +86,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="made by layerwise plan")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="save there after every epoch; go on from what is there")
+    parser.add_argument("--export", metavar="FILE", help="write the trained weights for torch.load")
     arguments = parser.parse_args()
 
     process = initialize()  # torch.distributed.init_process_group() works too
@@ -94,12 +100,21 @@ def main():
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     train_data, test_data = load_data()
     train_batches, test_batches = loader(train_data, plan, shuffle=True), loader(test_data, plan, shuffle=False)
-    for epoch in range(arguments.epochs):
+    first, saving = 0, None
+    if arguments.checkpoint and checkpoint.exists(arguments.checkpoint):
+        first = checkpoint.load(net, optimizer, arguments.checkpoint).step
+    for epoch in range(first, arguments.epochs):
         train_batches.sampler.set_epoch(epoch)
         loss = train_epoch(net, optimizer, train_batches, process.device)
         share = accuracy(net, test_batches, process.device)
         if process.rank == 0:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {share:.1%}", flush=True)
+        if arguments.checkpoint:  # it is written while the next epoch runs
+            saving = checkpoint.start_saving(net, optimizer, arguments.checkpoint, step=epoch + 1)
+    if saving:
+        saving.wait()
+    if arguments.export:
+        checkpoint.export(net, arguments.export)
     dist.barrier()  # lets gloo finish the last collective; an exit right behind one may abort
     dist.destroy_process_group()
 

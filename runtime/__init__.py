@@ -1,5 +1,7 @@
 """Executes plans on torch.distributed with the numerics of one device."""
 
+from runtime.amp import GradScaler
+from runtime.data import ArrayDataset, loader
 from runtime.parallel import ParallelModule, parallelize
 
-__all__ = ["ParallelModule", "parallelize"]
+__all__ = ["ArrayDataset", "GradScaler", "ParallelModule", "loader", "parallelize"]

@@ -34,6 +34,7 @@ class GradScaler(torch.amp.GradScaler):
         for flag in found.values():
             mine += flag.to(self._place)
         self._net.add_over_ranks(mine)
+        overflow = mine[0].clamp(max=1.0)  # fused optimizers compare with 1
         for flag in found.values():
-            flag.copy_(mine[0])
-        return found or {self._place: mine[0]}  # a rank whose pieces have no gradient skips with the others
+            flag.copy_(overflow)
+        return found or {self._place: overflow}  # a rank whose pieces have no gradient skips with the others

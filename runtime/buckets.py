@@ -40,6 +40,10 @@ class Bucket(Protocol):
         """Wait for what comes, give gradients that came to their parameters, and be empty."""
         ...
 
+    def forget(self) -> None:
+        """Be empty; of what is under way nothing is taken."""
+        ...
+
 
 @dataclass
 class WholeBucket:
@@ -66,6 +70,7 @@ class WholeBucket:
         return [_view_like(piece, p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def collect(self, k: int) -> None:
+        """See ``Bucket``."""
         parameter, view = self.parameters[k], self.views[k]
         gradient = parameter.grad
         if gradient is None:
@@ -76,12 +81,18 @@ class WholeBucket:
             parameter.grad = view
 
     def start(self, communicator: Communicator) -> None:
+        """See ``Bucket``."""
         self.pending = communicator.start_all_reduce(self.buffer, self.axes)
 
     def finish(self) -> None:
+        """See ``Bucket``."""
         if self.pending is not None:
             self.pending.wait()
-            self.pending = None
+        self.forget()
+
+    def forget(self) -> None:
+        """See ``Bucket``."""
+        self.pending = None
         self.ready.clear()
 
 
@@ -103,6 +114,7 @@ class RowBucket:
         self._own: torch.Tensor | None = None
 
     def collect(self, k: int) -> None:
+        """See ``Bucket``."""
         if self._buffer is None:
             self._buffer = self._bundle.message()
         buffer, shard, offset = self._buffer, self._bundle.shards[k], self._bundle.offsets[k]
@@ -119,11 +131,13 @@ class RowBucket:
         self._came.add(k)
 
     def start(self, communicator: Communicator) -> None:
+        """See ``Bucket``."""
         assert self._buffer is not None
         self._own = self._bundle.own(self._buffer) if self.is_kept else self._buffer.new_empty(self._bundle.section)
         self.pending = communicator.start_reduce_scatter(self._buffer, self._own, self._bundle.axes)
 
     def finish(self) -> None:
+        """See ``Bucket``."""
         if self.pending is not None:
             self.pending.wait()
             assert self._own is not None
@@ -131,6 +145,10 @@ class RowBucket:
                 self._bundle.shards[k].receive(
                     self._bundle.shards[k].in_section(self._own, self._bundle.offsets[k])
                 )  # fmt: skip
+        self.forget()
+
+    def forget(self) -> None:
+        """See ``Bucket``."""
         self.pending = self._own = None
         self._came.clear()
         self.ready.clear()

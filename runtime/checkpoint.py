@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Final
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver as saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from planner.errors import LayerwiseError, MismatchError, UsageError
 from planner.ir.region import Region
-from runtime import storage
+from runtime import storage, stored
 from runtime.generators import generators, restore_generators
 from runtime.groups import saving_group
 from runtime.optimizers import (
@@ -34,7 +35,8 @@ from runtime.optimizers import (
     restore,
     target,
 )
-from runtime.storage import Entry, Job, Stored
+from runtime.storage import Entry, Job
+from runtime.stored import Stored
 from runtime.whole import Part, export, full_state_dict, load_full, refuse_differences, source_of
 
 __all__ = [
@@ -85,7 +87,7 @@ class Saving:
         self._told = True
         try:
             self._result.result()
-        except (Exception, dcp.CheckpointException) as error:
+        except (Exception, CheckpointException) as error:
             raise storage.failure(error, self._folder) from error
 
     @classmethod
@@ -98,7 +100,7 @@ class Saving:
 
 def exists(folder: str | os.PathLike[str]) -> bool:
     """Return whether there is a complete checkpoint of this name."""
-    return storage.exists(_path(folder))
+    return stored.exists(_path(folder))
 
 
 def save(
@@ -131,12 +133,14 @@ def save(
     job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
     try:
         if dist.is_initialized():
-            dcp.save(job.tensors, storage_writer=job.writer, planner=job.planner, process_group=saving_group(part.mesh))
+            saver.save(
+                job.tensors, storage_writer=job.writer, planner=job.planner, process_group=saving_group(part.mesh)
+            )
         else:
             storage.write_together([job])
     except LayerwiseError:
         raise
-    except (Exception, dcp.CheckpointException) as error:
+    except (Exception, CheckpointException) as error:
         raise storage.failure(error, path) from error
 
 
@@ -159,7 +163,7 @@ def start_saving(
     job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
     result: Any
     if dist.is_initialized():
-        result = dcp.async_save(
+        result = saver.async_save(
             job.tensors,
             storage_writer=job.writer,
             planner=job.planner,
@@ -182,6 +186,14 @@ class _Copies(AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state_dict.items()}
+
+    def synchronize_staging(self) -> None:
+        """Nothing is under way when ``stage`` has returned."""
+        return
+
+    def close(self) -> None:
+        """Nothing is kept."""
+        return
 
 
 def load(net: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str | os.PathLike[str]) -> Resumed:
@@ -309,7 +321,9 @@ def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step
             about["optimizer"]["tensors"].setdefault(name, []).append(key)
     _refuse_unreadable("the optimizer's groups", about["optimizer"])
     _refuse_unreadable("extra", extra)
-    blobs = {(_RANDOM, str(part.mesh.ranks[part.position])): _packed(generators(_device(part)))}
+    blobs: dict[tuple[str, ...], bytes] = {
+        (_RANDOM, str(part.mesh.ranks[part.position])): _packed(generators(_device(part)))
+    }
     if part.position == 0:
         blobs[_ABOUT,] = _packed({**about, "extra": extra})
     return Job(folder, entries, blobs, part.position, part.mesh.size)

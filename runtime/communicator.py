@@ -18,7 +18,7 @@ import torch.distributed as dist
 from planner.errors import RunError
 from planner.ir.mesh import Mesh
 from runtime.groups import ProcessGroups
-from runtime.messages import is_direct, start_messages
+from runtime.messages import is_direct, is_small, start_messages
 
 Axes = tuple[int, ...]
 
@@ -55,7 +55,7 @@ class Communicator(Protocol):
         ...
 
     def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
-        """Start adding the buffers of the group; this rank's of its equal parts comes to ``own``, maybe that part itself.
+        """Start adding the buffers of the group; this rank's equal part of it comes to ``own``, maybe that itself.
 
         Calls must come in one order on all ranks, together with those of ``start_all_gather``.
         """
@@ -115,7 +115,18 @@ class TorchCommunicator:
         self.position = mesh.ranks.index(dist.get_rank())
 
     def all_reduce(self, buffer: torch.Tensor, axes: Axes) -> None:
-        dist.all_reduce(buffer, group=self._groups.blocking(axes))
+        group = self._groups.blocking(axes)
+        if is_small(buffer, group):  # one exchange, where gloo's ring takes two rounds of the same bytes together
+            buffer += self._swapped(buffer, buffer.numel(), axes)
+        else:
+            dist.all_reduce(buffer, group=group)
+
+    def _swapped(self, buffer: torch.Tensor, count: int, axes: Axes) -> torch.Tensor:
+        """Return what the other rank of two gives for this buffer: so many elements."""
+        peer = 1 - dist.get_rank(self._groups.blocking(axes))
+        sends, receives = [0, 0], [0, 0]
+        sends[peer], receives[peer] = buffer.numel(), count
+        return self.exchange(buffer, sends, receives, axes)
 
     def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
         work: Pending = dist.all_reduce(buffer, group=self._groups.overlapped(axes), async_op=True)
@@ -146,6 +157,10 @@ class TorchCommunicator:
         if is_direct(buffer, counts):
             start_messages([buffer] * len(counts), result.split(list(counts)), group).wait()
             return result
+        if is_small(buffer, group):
+            own = dist.get_rank(group)
+            theirs = self._swapped(buffer, counts[1 - own], axes)
+            return torch.cat([theirs, buffer] if own else [buffer, theirs])
         if min(counts) == max(counts):
             _all_gather(result, buffer, group=group)
             return result

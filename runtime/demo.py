@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner.ir.layout import balanced_pieces
 from planner.plan.schema import Plan
+from runtime.data import own_samples
 from runtime.launch import Process
 from runtime.parallel import parallelize
-from runtime.training import build_model, make_optimizer, own_samples
+from runtime.training import build_model, make_optimizer
 
 TEST_SHARE: Final = 5
 """Every fifth image is for testing: 360 of the 1,797 digits."""

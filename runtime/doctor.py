@@ -13,11 +13,12 @@ from torch.nn import functional
 from planner.ir.mesh import Mesh
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, Communicator, members_of
+from runtime.data import own_samples
 from runtime.groups import ProcessGroups
-from runtime.launch import JsonValue, Process
-from runtime.parallel import ParallelModule, parallelize
+from runtime.launch import Process
+from runtime.module import ParallelModule
+from runtime.parallel import parallelize
 from runtime.staging import communicator_of
-from runtime.training import own_samples
 
 Row: TypeAlias = dict[str, Any]
 """``where``, ``check``, ``seconds``, and a ``reason`` that is empty where the check passed."""
@@ -68,7 +69,7 @@ class Station:
         return ((torch.arange(count, device=self.device) + seed) % 3).to(dtype)
 
 
-def examine(argument: Mapping[str, Any], process: Process) -> JsonValue:
+def examine(argument: Mapping[str, Any], process: Process) -> list[Row]:
     """Run all checks that this job can run.
 
     Args:
@@ -80,8 +81,9 @@ def examine(argument: Mapping[str, Any], process: Process) -> JsonValue:
         The rows of this rank.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    rows: list[Row] = []
+    found: list[Row] = []
     for station in _stations(process, argument["shared"], argument["timeout_s"]):
+        rows: list[Row] = []
         broken = False
         for name, run in _checks(station, argument["plans"], process.rank):
             start_s = time.perf_counter()
@@ -95,7 +97,13 @@ def examine(argument: Mapping[str, Any], process: Process) -> JsonValue:
                 reason, broken = f"{type(error).__name__}: {error}", True
             seconds = time.perf_counter() - start_s
             rows.append({"where": station.name, "check": name, "seconds": seconds, "reason": reason})
-    return rows
+        num_failed = sum(bool(row["reason"]) for row in rows)
+        elsewhere = [] if broken else station.communicator.start_gather_ints(num_failed)()
+        failed = [rank for rank, count in zip(station.mesh.ranks, elsewhere, strict=False) if count]
+        reason = NOT_RUN if broken else f"checks failed on ranks {failed}, see what they print" if failed else ""
+        rows.append({"where": station.name, "check": "all of this on every rank", "seconds": 0.0, "reason": reason})
+        found += rows
+    return found
 
 
 def _stations(process: Process, shared: bool, timeout_s: float) -> Iterator[Station]:

@@ -44,6 +44,10 @@ class Evaluation:
 
     def bound(self, module: nn.Module) -> fx.GraphModule:
         """Return a module that runs the graph on the parts of the parallel module."""
+        parts = dict(module.named_modules())
+        for name, value in self.own.items():
+            if isinstance(value, nn.Module) and name in parts:  # conversions put other buffers in their places
+                value._buffers.update({n: b for n, b in parts[name]._buffers.items() if n in value._buffers})
         names = {str(node.target) for node in self.graph.nodes if node.op in {"call_module", "get_attr"}}
         return fx.GraphModule({n: self.own[n] if n in self.own else attribute(module, n) for n in names}, self.graph)
 

@@ -228,7 +228,7 @@ def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise UsageError(
             "backward(create_graph=True) through a parallel module: there is no backward pass of its backward pass, as "
-            "ranks weigh what enters it differently from a loss. Compute gradient penalties on the unparallelized model."
+            "ranks weigh what enters it differently from a loss. Compute such penalties on the unparallelized model."
         )
 
 

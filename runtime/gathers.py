@@ -1,8 +1,8 @@
 """Parameters held in rows, whole while a layer needs them: gathered one layer ahead, forward and backward, then freed.
 
-What autograd saves of a gathered parameter for backward is a note of where it was, not the memory: so that is free as soon as
-the next layer runs, and backward gathers the parameter again when it asks for it. Nothing is freed that is in use, as
-memory is counted by its readers.
+What autograd saves of a gathered parameter for backward is a note of where it was, not the memory: so that is free as
+soon as the next layer runs, and backward gathers the parameter again when it asks for it. Nothing is freed that is in
+use, as memory is counted by its readers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -163,7 +163,7 @@ class Gathers:
         n = self._storages.get(pointer)
         if n is None or tensor.dtype != self._shards[n].rows.dtype:
             return tensor
-        return Note(self._at, n, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return Note(self._at, n, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def unpack(self, kept: Any) -> torch.Tensor:
         """Return the tensor; gathers its parameter where it is not whole."""
@@ -219,9 +219,11 @@ class Gather(nn.Module):
 
     @uncompiled
     def forward(self) -> None:
+        """Gather."""
         self._gathers.need(self._point, 1)
 
     def extra_repr(self) -> str:
+        """Return the layers."""
         return ", ".join(self._gathers.layers_at(self._point))
 
 

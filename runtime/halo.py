@@ -81,9 +81,8 @@ class Geometry:
     def interior(self, own: Box) -> Box | None:
         """Return the outputs that read own positions only; None where there are none, or no others."""
         found = []
-        for window, (start, stop), (first, last), cut in zip(
-            self.windows, self.outputs, own, self.is_cut, strict=True
-        ):
+        for window, outputs, (first, last), cut in zip(self.windows, self.outputs, own, self.is_cut, strict=True):
+            start, stop = outputs
             if cut:
                 reach = window.dilation * (window.kernel - 1)
                 start = max(start, -(-(first + window.padding) // window.stride))
@@ -95,11 +94,10 @@ class Geometry:
 
     def strips(self, interior: Box) -> tuple[Box, ...]:
         """Return the outputs around an interior, as boxes without common elements."""
-        found = []
+        found: list[Box] = []
         for k, ((start, stop), (low, high)) in enumerate(zip(self.outputs, interior, strict=True)):
-            for interval in ((start, low), (high, stop)):
-                if interval[0] < interval[1]:
-                    found.append((*interior[:k], interval, *self.outputs[k + 1 :]))
+            sides = [(a, b) for a, b in ((start, low), (high, stop)) if a < b]
+            found += [(*interior[:k], side, *self.outputs[k + 1 :]) for side in sides]
         return tuple(found)
 
     def convolved(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -189,13 +187,16 @@ class Halo:
     def computed(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the outputs, and what backward needs beside the weight: the frame, or the own piece and the halos."""
+        """Return the outputs, and what backward needs beside the weight: the own piece and the halos.
+
+        The piece is mostly kept by the layer that made it as well, so that a frame would be a second copy of it.
+        """
         geometry = self.geometry
         wait = self.start(self.forward, x)
         if self.interior is None:
-            framed = self.begun(x, self.frame)
-            self.finish(framed, self.frame, wait())
-            return geometry.convolved(framed, weight, bias), [framed]
+            framed, parts = self.begun(x, self.frame), wait()
+            self.finish(framed, self.frame, parts)
+            return geometry.convolved(framed, weight, bias), [x, *parts]
         inside = self.region(geometry.frame(self.interior))
         y = geometry.convolved(narrowed(x, narrows_of(inside, self.forward.own)), weight, bias)
         whole = Region(*(tuple(ends) for ends in zip(*self._of_output(y, geometry.outputs), strict=True)))
@@ -219,8 +220,6 @@ class Halo:
 
     def framed(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the frame of all outputs from what ``computed`` kept."""
-        if self.interior is None:
-            return kept[0]
         result = self.begun(kept[0], self.frame)
         self.finish(result, self.frame, kept[1:])
         return result
@@ -245,9 +244,7 @@ class HaloConvolution(torch.autograd.Function):
     """A convolution on a piece with the exchange of its borders, forward and backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, halo: Halo
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, halo: Halo) -> torch.Tensor:
         y, kept = halo.computed(x, weight, bias)
         ctx.halo = halo
         ctx.save_for_backward(weight, *kept)
@@ -269,7 +266,8 @@ class HaloConvolution(torch.autograd.Function):
         else:
             framed, *found = geometry.gradients(gradient, halo.framed(kept), weight, [True, *of_params])
         assert framed is not None
-        wait = halo.start(halo.backward, narrowed(framed, narrows_of(halo.forward.need, halo.frame)), "the gradient of ")
+        needed = narrowed(framed, narrows_of(halo.forward.need, halo.frame))
+        wait = halo.start(halo.backward, needed, "the gradient of ")
         if overlapped:
             _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
         return halo.gradient_of_piece(framed, wait()), *found, None

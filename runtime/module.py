@@ -251,8 +251,9 @@ _HOOKS = (
 def keep_hooks(local: nn.Module, model: nn.Module) -> None:
     """Let hooks on modules of the model be called by what stands for them, those that come later too."""
     originals = dict(model.named_modules())
+    given = {id(part) for part in model.modules()}
     for name, part in local.named_modules():
-        if type(part) is nn.Module:
+        if type(part) is nn.Module and id(part) not in given:
             part.__class__ = Container
         original = originals.get(name)
         if original is None or original is part or isinstance(part, Container):

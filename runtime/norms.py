@@ -126,40 +126,41 @@ class _GlobalBatchNorm(torch.autograd.Function):
         axes: Axes,
         communicator: Communicator,
     ) -> Any:
-        dims = [d for d in range(x.dim()) if d != 1]
         channels = x.shape[1]
-        local_count = x.numel() // channels
         wide = torch.promote_types(x.dtype, torch.float32)
-        variance, mean = torch.var_mean(x.to(wide), dims, correction=0)
-        packed = torch.cat([mean.to(wide), variance.to(wide), mean.new_tensor([local_count], dtype=wide)])
+        # the kernel of torch's own batch norm: a quarter of the time of torch.var_mean on a CPU
+        mean, variance = torch.batch_norm_update_stats(x.to(wide), None, None, 0.0)
+        packed = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
         size = group_size(communicator.mesh, axes)
         rows = communicator.all_gather(packed, [packed.numel()] * size, axes).view(size, -1)
         means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
         count = counts.sum()  # stays on the device: reading it would make the host wait
         mean = (means * counts).sum(0) / count
         variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-        invstd = torch.rsqrt(variance + eps)
         y = functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.count, ctx.axes, ctx.communicator, ctx.eps = count, axes, communicator, eps
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.count, ctx.axes, ctx.communicator, ctx.eps, ctx.dtype = count, axes, communicator, eps, x.dtype
         ctx.mark_non_differentiable(mean, variance, count)
         return y, mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, weight, mean, invstd = ctx.saved_tensors
-        dy = gradients[0]
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        centred = x.to(mean.dtype) - mean.view(shape)
-        d_bias = dy.sum(dims, dtype=mean.dtype)
-        d_weight = (dy * centred).sum(dims) * invstd
+        x, weight, mean, variance = ctx.saved_tensors
+        wide = mean.dtype
+        x, dy = x.to(wide), gradients[0].to(wide)
+        scale = torch.ones_like(mean) if weight is None else weight.to(wide)
+        # with the statistics as constants, in one pass: what is missing is what flows through them
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
         packed = torch.cat([d_bias, d_weight])
         ctx.communicator.all_reduce(packed, ctx.axes)
-        sum_dy, sum_dy_xhat = (packed / ctx.count).chunk(2)
-        scale = invstd if weight is None else weight * invstd
-        dx = dy - sum_dy.view(shape)
-        dx = dx.sub_(centred.mul_((invstd * sum_dy_xhat).view(shape))).mul_(scale.view(shape))
+        mean_dy, mean_dy_xhat = (packed / ctx.count).chunk(2)
+        invstd = torch.rsqrt(variance + ctx.eps)
+        scale = scale * invstd
+        slope = scale * invstd * mean_dy_xhat
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        dx.addcmul_(x, slope.neg().view(shape)).sub_((scale * mean_dy - slope * mean).view(shape))
         if weight is None:
-            return dx.to(x.dtype), None, None, None, None, None
-        return dx.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+            return dx.to(ctx.dtype), None, None, None, None, None
+        return dx.to(ctx.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from planner.frontend.proxy import write_items
-from runtime.exchange import Conversion, Convert, ScaleGradient
+from planner.ir.transfer import StepKind
+from runtime.communicator import Axes, Communicator
+from runtime.exchange import Conversion, Convert, ScaleGradient, named
 from runtime.graphs import uncompiled
 from runtime.products import scaled
 from runtime.state import StepState
@@ -53,12 +55,12 @@ class Redistribution(nn.Module):
 
 
 class LocalLoss(nn.Module):
-    """A loss inside the model on this rank's samples, as its share of the mean over the batch.
+    """A loss inside the model on this rank's piece, as its share of the mean over the batch.
 
     Args:
         call: the original loss.
-        mean: it is a mean over the samples (else a sum).
-        samples: dimension of the samples in its first input, and its rows for each sample.
+        mean: it is a mean over all elements (else a sum).
+        elements: of its largest input for each sample.
         resolve: adds the shares of the ranks.
         state: of this rank.
     """
@@ -67,20 +69,68 @@ class LocalLoss(nn.Module):
         self,
         call: Callable[..., torch.Tensor],
         mean: bool,
-        samples: tuple[int, int],
+        elements: int,
         resolve: Redistribution,
         state: StepState,
     ) -> None:
         super().__init__()
-        self._call, self._mean, self._samples, self.resolve, self._state = call, mean, samples, resolve, state
+        self._call, self._mean, self._elements, self.resolve, self._state = call, mean, elements, resolve, state
 
-    def forward(self, x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
-        loss = self._call(x, *others, **options)
+    def forward(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        loss = self._call(*tensors, **options)
         if self._mean:
-            dim, rows = self._samples
-            loss = loss * (x.shape[dim] / (rows * self._state.current_batch().size))
+            read = (x.numel() for x in (*tensors, *options.values()) if isinstance(x, torch.Tensor))
+            loss = loss * (max(read) / (self._elements * self._state.current_batch().size))
         resolved: torch.Tensor = self.resolve(loss)
         return resolved
+
+
+class LocalMeanOfClasses(nn.Module):
+    """The mean of a loss over the targets that count, of all ranks: which ones are ignored differs between pieces.
+
+    Args:
+        call: the loss as a sum.
+        ignored: the class that does not count.
+        axes: mesh axes over which the sum is split.
+        name: of the layer, for messages.
+        state: of this rank.
+    """
+
+    def __init__(
+        self, call: Callable[..., torch.Tensor], ignored: int, axes: Axes, name: str, state: StepState
+    ) -> None:
+        super().__init__()
+        self._call, self._ignored, self._axes, self._name, self._state = call, ignored, axes, name, state
+
+    @uncompiled
+    def forward(self, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        total = self._call(*tensors, **options)
+        target = tensors[1] if len(tensors) > 1 else options["target"]
+        of_probabilities = target.is_floating_point()
+        count = (
+            total.new_tensor(target.numel() // target.shape[1]) if of_probabilities else (target != self._ignored).sum()
+        )
+        with named(StepKind.ALL_REDUCE, self._state.communicator, self._name):
+            found: torch.Tensor = _Quotient.apply(total, count, self._axes, self._state.communicator)
+        return found
+
+
+class _Quotient(torch.autograd.Function):
+    """A sum over ranks by a count over ranks, in one all-reduce; backward gives each rank its own addend's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, total: torch.Tensor, count: torch.Tensor, axes: Axes, communicator: Communicator
+    ) -> torch.Tensor:
+        wide = torch.promote_types(total.dtype, torch.float32)
+        packed = torch.stack([total.to(wide), count.to(wide)])
+        communicator.all_reduce(packed, axes)
+        ctx.count = packed[1]
+        return (packed[0] / packed[1]).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return (gradients[0] / ctx.count).to(gradients[0].dtype), None, None, None
 
 
 class InTraining(nn.Module):

@@ -39,10 +39,12 @@ def new_like(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def format_of(x: torch.Tensor) -> torch.memory_format:
-    """Return the memory format of a tensor: channels last where it surely is that, else contiguous."""
+    """Return the memory format of a tensor: channels last where sizes and strides say so, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    is_last = last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
-    return last if is_last and last is not None else torch.contiguous_format
+    if last is None or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    is_last = x.stride(1) == 1 and math.prod(x.shape[2:]) > 1  # of one channel, or one position, it may be both
+    return last if is_last else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Exchange:
 
     @staticmethod
     def of(step: Step, listed: Sequence[Transfer], communicator: Communicator) -> "Exchange":
-        """Return the part of this rank in a step; ``listed`` are the step's copies (``planner.ir.transfer.transfers``)."""
+        """Return this rank's part in a step; ``listed`` are its copies, see ``planner.ir.transfer.transfers``."""
         position = communicator.position
         members = members_of(communicator.mesh, position, step.axes)
         own, need = step.source.region(position), step.target.region(position)
@@ -130,9 +132,8 @@ class Exchange:
         """Return the needed region with what was kept; zeros where others add or nothing comes."""
         result = new_like(x, self.need.shape)
         kept = self.kept
-        if self.has_addends or self._covered < self.need.volume:
-            if kept != self.need:
-                result.zero_()
+        if kept != self.need and (self.has_addends or self._covered < self.need.volume):
+            result.zero_()
         if kept is not None:
             narrowed(result, narrows_of(kept, self.need)).copy_(narrowed(x, narrows_of(kept, self.own)))
         return result

@@ -21,10 +21,12 @@ from runtime.feed import input_layouts
 from runtime.groups import ProcessGroups
 from runtime.lower import Lowering, communication_axes
 from runtime.module import ParallelModule, keep_hooks
-from runtime.params import broadcast_state, held
+from runtime.params import broadcast_state, held, refuse_differing_models
 from runtime.sharding import Shards
 from runtime.staging import communicator_of
 from runtime.state import StepState
+
+__all__ = ["ParallelModule", "joined", "lower", "parallelize", "trace_for"]
 
 
 def parallelize(
@@ -108,6 +110,7 @@ def _in_evaluation(model: nn.Module, traced: TracedModel, plan: Plan) -> TracedM
 
 def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Communicator) -> ParallelModule:
     """Return the parallel module of the communicator's rank; ``parallelize`` without the checks."""
+    refuse_differing_models(model, communicator)
     broadcast_state(model, communicator)
     state = StepState(communicator)
     device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device

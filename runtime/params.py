@@ -1,12 +1,15 @@
 """Parameters and buffers, cut as the plan says."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from planner.errors import MismatchError
 from planner.frontend.parameters import parameter_names
+from planner.ir.canonical import sha256_of
 from planner.ir.graph import Layer
 from planner.ir.layout import BALANCED, Layout, Whole
 from planner.ir.mesh import Mesh
@@ -43,7 +46,7 @@ class Held:
         """What this rank stores."""
         return self.regions[self.position]
 
-    @property
+    @functools.cached_property
     def holders(self) -> tuple[int, ...]:
         """The mesh positions of the ranks that store what this rank stores, itself included."""
         return tuple(position for position, region in enumerate(self.regions) if region == self.region)
@@ -64,6 +67,28 @@ def local_parameter(parameter: nn.Parameter, layout: Layout, position: int) -> n
     if piece.shape == parameter.shape:
         return parameter
     return nn.Parameter(piece, parameter.requires_grad)
+
+
+def refuse_differing_models(module: nn.Module, communicator: Communicator) -> None:
+    """Check that all ranks have built the same model: names, shapes, element types, memory formats.
+
+    Raises:
+        MismatchError: on every rank, with the ranks that differ from the first.
+    """
+
+    def described(tensor: torch.Tensor) -> list[object]:
+        order = sorted((d for d in range(tensor.dim()) if tensor.shape[d] > 1), key=tensor.stride, reverse=True)
+        return [list(tensor.shape), str(tensor.dtype), order, tensor.requires_grad]
+
+    listed = [[name, *described(t)] for name, t in tensors_of(module).items()]
+    digest = int(sha256_of([[str(each) for each in one] for one in listed])[:15], 16)
+    found = communicator.start_gather_ints(digest)()
+    if others := [r for r, d in zip(communicator.mesh.ranks, found, strict=True) if d != found[0]]:
+        raise MismatchError(
+            f"ranks {others} have another model than rank {communicator.mesh.ranks[0]}: names, shapes, element types, "
+            "memory formats (channels_last) or requires_grad of its parameters and buffers differ. Build and convert "
+            "the model in the same way on all ranks."
+        )
 
 
 def broadcast_state(module: nn.Module, communicator: Communicator) -> None:

@@ -74,7 +74,7 @@ class Piece:
         return list(zip(self.region.start[2:], self.region.stop[2:], strict=True))
 
 
-def on_piece(op: ir.Op, at: Piece, whole: Local) -> Local:  # noqa: C901, PLR0911  # a table of kinds
+def on_piece(op: ir.Op, at: Piece, whole: Local) -> Local:  # noqa: C901, PLR0911, PLR0912  # a table of kinds
     """Return an operator on a piece.
 
     Products and normalisations take their parameters by role, as held under the layer's layouts; all others pass
@@ -94,6 +94,8 @@ def on_piece(op: ir.Op, at: Piece, whole: Local) -> Local:  # noqa: C901, PLR091
             return _group_norm(op, at)
         case ir.Pool(function="max"):
             return _max_pool(op, at)
+        case ir.Reduce(function="mean" | "sum"):
+            return _sum_over(op, at)
         case ir.Pool(function="avg"):
             return _average_pool(op, at)
         case ir.AdaptivePool():
@@ -126,6 +128,8 @@ def _product(op: ir.Conv | ir.ConvTranspose | ir.Linear, at: Piece) -> Local:
         return ProductCall(op, groups)
     if isinstance(op, ir.ConvTranspose):
         return _transposed(op, at, groups)
+    if op.padding_mode != "zeros":
+        return _padded_by_itself(op, at, groups)
     own, margins = _margins(op, at, keeps_own=op.padding_after is None)
     call = ProductCall(replace(op, padding=own, padding_after=None), groups)
     return lambda x, weight, bias=None: call(padded(x, margins), weight, bias)
@@ -150,6 +154,43 @@ def _margins(op: ir.Conv | ir.Pool, at: Piece, *, keeps_own: bool) -> tuple[tupl
         own.append(0)
         margins.append((at.sources[0].start[k + 2] - first, last - at.sources[0].stop[k + 2]))
     return tuple(own), margins
+
+
+def _padded_by_itself(op: ir.Conv, at: Piece, groups: int) -> Local:
+    """Return a convolution that is padded with positions of its own input: they are among those that the rank holds."""
+    zeros = (0,) * len(op.kernel)
+    plain = replace(op, padding=zeros, padding_after=None, padding_mode="zeros")
+    call = ProductCall(plain, groups)
+    taken: list[tuple[int, int, Index | None]] = []
+    for k, (start, stop) in enumerate(at.intervals()):
+        size, held = at.inputs[0].shape[k + 2], at.sources[0].start[k + 2]
+        window = Window(
+            at.output.shape[k + 2], op.kernel[k], op.stride[k], op.padding[k], op.dilation[k], op.padding_mode
+        )
+        first, last = window.reach(start, stop)
+        inside = first >= 0 and last <= size
+        places = [window.position(p, size) - held for p in range(first, last)]
+        taken.append((places[0], len(places), None if inside else Index(places)))
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        for dim, (first, count, index) in enumerate(taken, start=2):
+            x = x.narrow(dim, first, count) if index is None else x.index_select(dim, index.on(x.device))
+        return call(x, weight, bias)
+
+    return run
+
+
+class Index:
+    """Positions, once on every device that asks for them."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions, self._made = list(positions), dict[torch.device, torch.Tensor]()
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Return the positions as a tensor on a device."""
+        if device not in self._made:
+            self._made[device] = torch.tensor(self._positions, device=device)
+        return self._made[device]
 
 
 def _transposed(op: ir.ConvTranspose, at: Piece, groups: int) -> Local:
@@ -250,6 +291,12 @@ def _adaptive_pool(op: ir.AdaptivePool, at: Piece) -> Local:
     return run
 
 
+def _sum_over(op: ir.Reduce, at: Piece) -> Local:
+    """Return a rank's share of a sum or mean."""
+    count = math.prod(at.inputs[0].shape[d] for d in op.dims) if op.function == "mean" else 1
+    return lambda x: x.sum(op.dims, keepdim=op.keepdim) / count
+
+
 # ---- resizing
 
 
@@ -318,7 +365,6 @@ def broadcast_index(shape: Sequence[int], at: Piece) -> tuple[slice, ...]:
 
 
 def _mean_loss(at: Piece, whole: Local) -> Local:
-    """Return a rank's share of a mean over all samples."""
-    k, dim = next((k, spec.sample_dim) for k, spec in enumerate(at.inputs) if spec.sample_dim is not None)
-    share = at.sources[k].shape[dim] / at.inputs[k].shape[dim]
+    """Return a rank's share of a mean over all that the tensors hold."""
+    share = at.sources[0].volume / math.prod(at.inputs[0].shape)
     return lambda *xs: whole(*xs) * share

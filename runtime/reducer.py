@@ -109,7 +109,7 @@ class Reducer:
         if self._trainable != [p.requires_grad for _, p, _ in self._parameters]:
             self.refresh()
         for bucket in self._buckets:
-            bucket.ready.clear()
+            bucket.forget()
 
     def reduces(self, parameter: Tensor) -> bool:
         """Return whether a parameter's gradient goes through a bucket."""

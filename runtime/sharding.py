@@ -1,11 +1,11 @@
 """Sharded parameters: what a rank keeps of them, and how they are whole while the model runs.
 
-``planner.cost.sharding`` says what is cut and what a step sends; ``planner.ir.rows`` which rows a rank keeps. Between two
-forward passes the module has the rows under the users' names, for optimizers and state dicts; while one runs, the
+``planner.cost.sharding`` says what is cut and what a step sends; ``planner.ir.rows`` which rows a rank keeps. Between
+two forward passes the module has the rows under the users' names, for optimizers and state dicts; while one runs, the
 operators find whole parameters there.
 
-- ``optimizer``: parameters stay whole, the rows are a part of them. What other ranks updated is gathered in front of the
-  forward pass that follows.
+- ``optimizer``: parameters stay whole, the rows are a part of them. What other ranks updated is gathered in front of
+  the forward pass that follows.
 - ``full``: a rank has its rows only; ``runtime.gathers`` makes parameters whole, layer by layer.
 """
 
@@ -161,8 +161,8 @@ class Shards:
         for parameters, name, shard in self._sites:
             if parameters.get(name) is not shard.rows:
                 raise UsageError(
-                    f"the parameter {shard.name} was replaced by another object. It is one piece of a sharded parameter: "
-                    "write into it (torch.no_grad(), copy_) or load a state dict without assign=True"
+                    f"the parameter {shard.name} was replaced by another object. It is one piece of a sharded "
+                    "parameter: write into it (torch.no_grad(), copy_) or load a state dict without assign=True"
                 )
         for shard in self._shards:
             shard.refuse_changed()

@@ -1,7 +1,7 @@
 """Parameters of which a rank keeps some rows: how they lie in the messages that ranks exchange.
 
-A message has one equal section for each rank of the group; a section holds the rank's rows of several parameters one after
-the other, and gaps where the rank has a row less than others.
+A message has one equal section for each rank of the group; a section holds the rank's rows of several parameters one
+after the other, and gaps where the rank has a row less than others.
 """
 
 import contextlib
@@ -132,8 +132,8 @@ class Shard:
         self.forget_dropped()
         if self.unreduced is not None and self.unreduced[0]._version != self.unreduced[1]:
             raise UsageError(
-                f"the gradient of {self.name} was changed in place behind a backward pass inside no_sync(), when only a "
-                "part of it was there. Change gradients behind a pass outside of no_sync(); to forget them, call "
+                f"the gradient of {self.name} was changed in place behind a backward pass inside no_sync(), when only "
+                "a part of it was there. Change gradients behind a pass outside of no_sync(); to forget them, call "
                 "zero_grad(set_to_none=True)."
             )
 

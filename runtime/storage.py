@@ -1,4 +1,4 @@
-"""Named tensors in pieces and small blobs in a folder, through ``torch.distributed.checkpoint``.
+"""Writing named tensors in pieces, and small blobs, to a folder, through ``torch.distributed.checkpoint``.
 
 A checkpoint is a folder in torch's own format: ``.metadata`` and ``*.distcp``. Only the planners are ours: they say
 which regions of a tensor a rank writes and reads, because pieces of a plan are hyper-rectangles that no DTensor
@@ -10,30 +10,22 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    LoadPlanner,
-    Metadata,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorStorageMetadata,
-    WriteItem,
-)
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 
 from planner.errors import LayerwiseError, RunError, UsageError
 from planner.ir.region import Region
@@ -112,16 +104,16 @@ class _Saved(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._blobs]
         for entry in self._entries:
-            chunk = _chunk(entry.regions[self._position])
-            data = TensorWriteData(chunk, TensorProperties(entry.tensor.dtype), torch.Size(entry.shape))
-            items.append(WriteItem(MetadataIndex(entry.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+            own = chunk(entry.regions[self._position])
+            data = TensorWriteData(own, TensorProperties(entry.tensor.dtype), torch.Size(entry.shape))
+            items.append(WriteItem(MetadataIndex(entry.key, own.offsets), WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items, planner_data=self._paths)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
         for key, described in metadata.state_dict_metadata.items():
             if isinstance(described, TensorStorageMetadata):
-                written = sum(chunk.sizes.numel() for chunk in described.chunks)
+                written = sum(each.sizes.numel() for each in described.chunks)
                 if written != described.size.numel():
                     raise RunError(
                         f"{key}: the ranks hold {written} of {described.size.numel()} elements; some rank has no such "
@@ -145,7 +137,7 @@ class _Writer(FileSystemWriter):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_unfinished(folder), sync_files=True)
+        super().__init__(unfinished(folder), sync_files=True)
         self._folder, self._is_coordinator = folder, False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -154,23 +146,23 @@ class _Writer(FileSystemWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._is_coordinator:
-            if _previous(self._folder).exists() and not self._folder.exists():  # killed between two renames
-                _previous(self._folder).rename(self._folder)
-            shutil.rmtree(_unfinished(self._folder), ignore_errors=True)  # of a save that was killed
-            _unfinished(self._folder).mkdir(parents=True)
+            if previous(self._folder).exists() and not self._folder.exists():  # killed between two renames
+                previous(self._folder).rename(self._folder)
+            shutil.rmtree(unfinished(self._folder), ignore_errors=True)  # of a save that was killed
+            unfinished(self._folder).mkdir(parents=True)
         return plan
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        if not _unfinished(self._folder).is_dir():
+        if not unfinished(self._folder).is_dir():
             raise UsageError(
-                f"this rank does not see {_unfinished(self._folder)}, which rank 0 made: a checkpoint needs a folder "
+                f"this rank does not see {unfinished(self._folder)}, which rank 0 made: a checkpoint needs a folder "
                 "that all machines share"
             )
         return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
-        new, folder, old = _unfinished(self._folder), self._folder, _previous(self._folder)
+        new, folder, old = unfinished(self._folder), self._folder, previous(self._folder)
         _sync(new)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -215,7 +207,7 @@ def write_together(jobs: Sequence[Job]) -> None:
 
 def failure(error: BaseException, folder: Path) -> LayerwiseError:
     """Return what is to be raised where saving failed on some rank."""
-    causes = error.failures if isinstance(error, dcp.CheckpointException) else {}
+    causes = error.failures if isinstance(error, CheckpointException) else {}
     for cause, _ in causes.values():
         if isinstance(cause, UsageError):
             return cause
@@ -240,152 +232,19 @@ def refuse_foreign(folder: Path) -> None:
         raise UsageError(f"{folder} is a file; a checkpoint is a folder")
 
 
-def exists(folder: Path) -> bool:
-    """Return whether there is a complete checkpoint of this name."""
-    return (folder / METADATA).exists() or (not folder.exists() and (_previous(folder) / METADATA).exists())
-
-
-class Stored:
-    """A checkpoint on disk.
-
-    Args:
-        folder: its name.
-
-    Raises:
-        UsageError: there is none, it is incomplete, or files of it are missing or too short.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not exists(folder):
-            raise UsageError(_why_missing(folder))
-        self._path = folder if folder.exists() else _previous(folder)
-        self._reader = FileSystemReader(self._path)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # unpickling what is no checkpoint may raise anything
-            raise UsageError(f"{self._path / METADATA} cannot be read: {type(error).__name__}: {error}") from error
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._refuse_damage()
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by key."""
-        found = self._metadata.state_dict_metadata.items()
-        return {key: tuple(d.size) for key, d in found if isinstance(d, TensorStorageMetadata)}
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        described = self._metadata.state_dict_metadata[key]
-        assert isinstance(described, TensorStorageMetadata)
-        return described.properties.dtype
-
-    def blobs(self, *keys: str) -> dict[str, bytes]:
-        """Return those of some blobs that are there."""
-        planner = _Loaded([], [k for k in keys if isinstance(self._metadata.state_dict_metadata.get(k), _BLOB)])
-        self._read(planner)
-        return planner.blobs
-
-    def read(self, targets: Sequence[tuple[str, Region, torch.Tensor]]) -> None:
-        """Overwrite tensors with regions of the stored ones.
-
-        Args:
-            targets: key, region and a tensor of the region's shape.
-
-        Raises:
-            RunError: a file cannot be read.
-        """
-        self._read(_Loaded(targets, []))
-
-    def _read(self, planner: "_Loaded") -> None:
-        planner.set_up_planner({}, self._metadata, is_coordinator=True)
-        try:
-            self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:  # unpickling and unzipping may raise anything
-            raise RunError(f"reading {self._path} failed: {type(error).__name__}: {error}") from error
-
-    def _refuse_damage(self) -> None:
-        needed: dict[str, int] = {}
-        for info in (self._metadata.storage_data or {}).values():
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-        for name, size in sorted(needed.items()):
-            path = self._path / name
-            if not path.exists():
-                raise UsageError(f"{self._path} is no complete checkpoint: {name} is missing")
-            if path.stat().st_size < size:
-                raise UsageError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {size}")
-
-
-class _Loaded(LoadPlanner):
-    """Says what one rank reads, and where to."""
-
-    def __init__(self, targets: Sequence[tuple[str, Region, torch.Tensor]], blobs: Sequence[str]) -> None:
-        self._targets, self._wanted = list(targets), blobs
-        self._into: dict[MetadataIndex, torch.Tensor] = {}
-        self._metadata: Metadata | None = None
-        self.blobs: dict[str, bytes] = {}
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        del state_dict, is_coordinator
-        self._metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self._metadata is not None
-        zero = torch.Size((0,))
-        items = [
-            ReadItem(LoadItemType.BYTE_IO, MetadataIndex(key), zero, MetadataIndex(key), zero, zero)
-            for key in self._wanted
-        ]
-        for key, region, tensor in self._targets:
-            described, chunk = self._metadata.state_dict_metadata[key], _chunk(region)
-            assert isinstance(described, TensorStorageMetadata)
-            if region.volume:
-                self._into[MetadataIndex(key, chunk.offsets)] = tensor
-                items += create_read_items_for_chunk_list(key, described, [chunk])
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.blobs[read_item.storage_index.fqn] = value.getvalue()
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        found = self._into[read_item.dest_index].detach()
-        for dim, (start, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, start, size)
-        return found
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: the tensor was the target itself."""
-
-
-_BLOB = BytesStorageMetadata
-
-
-def _chunk(region: Region) -> ChunkStorageMetadata:
+def chunk(region: Region) -> ChunkStorageMetadata:
+    """Return how torch writes a region."""
     return ChunkStorageMetadata(torch.Size(region.start), torch.Size(region.shape))
 
 
-def _unfinished(folder: Path) -> Path:
+def unfinished(folder: Path) -> Path:
+    """Return what a checkpoint is called until it is complete."""
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def _previous(folder: Path) -> Path:
+def previous(folder: Path) -> Path:
+    """Return what an older checkpoint of the name is called while the new one takes its place."""
     return folder.with_name(f".{folder.name}.previous")
-
-
-def _why_missing(folder: Path) -> str:
-    if folder.exists():
-        return f"{folder} is no complete checkpoint: {METADATA} is missing"
-    if _unfinished(folder).exists():
-        return f"there is no checkpoint {folder}, only {_unfinished(folder)} of a save that did not finish"
-    return f"there is no checkpoint {folder}"
 
 
 def _sync(folder: Path) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from planner.frontend.lower import TracedModel
 from planner.plan.schema import Plan
 from runtime.communicator import ThreadCommunicator, ThreadWorld
-from runtime.parallel import ParallelModule, lower, trace_for
+from runtime.module import ParallelModule
+from runtime.parallel import lower, trace_for
 
 T = TypeVar("T")
 

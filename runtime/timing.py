@@ -25,8 +25,8 @@ from planner.plan.measured import Measured, layers_of, median_and_iqr
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, Communicator, Pending
 from runtime.lower import LAYER
+from runtime.module import ParallelModule
 from runtime.ops import Redistribution
-from runtime.parallel import ParallelModule
 
 
 class Phase(StrEnum):
@@ -40,6 +40,7 @@ class Phase(StrEnum):
         EXPOSED_SYNC: waiting for gradient reductions that backward has not hidden.
         OPTIMIZER: its step.
         OTHER: the loss, the interpreter, waiting for the sizes of the ranks' batches.
+        REDUCTION: of gradients, from its start until the rank has waited for it. Lies beside all others.
     """
 
     FORWARD = "forward"
@@ -50,6 +51,7 @@ class Phase(StrEnum):
     EXPOSED_SYNC = "exposed_sync"
     OPTIMIZER = "optimizer"
     OTHER = "other"
+    REDUCTION = "reduction"
 
 
 _TRANSFER: Final = {Phase.FORWARD: Phase.TRANSFER_FORWARD, Phase.BACKWARD: Phase.TRANSFER_BACKWARD}
@@ -92,12 +94,14 @@ class Tape:
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device, self._clock = device, clock
         self._marks: list[tuple[Any, Part]] = []
+        self._beside: list[list[Any]] = []
         self._part = OTHER
         self._is_running = False
 
     def start(self) -> None:
         """Begin a step."""
         self._marks, self._part, self._is_running = [(self._stamp(), OTHER)], OTHER, True
+        self._beside = []
 
     def switch(self, part: Part) -> Part:
         """From now on the time belongs to this part; return the one that it belonged to."""
@@ -111,6 +115,26 @@ class Tape:
         """From now on the time is a transfer's of the layer at hand; return the part before."""
         now = self._part
         return self.switch(Part(_TRANSFER.get(now.phase, now.phase), now.layer))
+
+    def beside(self) -> Callable[[], None]:
+        """Begin a reduction that runs beside all else; call the result when it is over."""
+        if not self._is_running:
+            return lambda: None
+        found = [self._stamp()]
+        self._beside.append(found)
+        return lambda: found.append(self._stamp())
+
+    def reductions(self) -> tuple[Span, ...]:
+        """Return the reductions of the last step that have ended, in the order of their starts."""
+        if not self._beside:
+            return ()
+        ended = [(k, stamps) for k, stamps in enumerate(self._beside) if len(stamps) == 2]
+        seconds = self._seconds([self._marks[0][0], *(stamp for _, stamps in ended for stamp in stamps)])[1:]
+        pairs = zip(seconds[::2], seconds[1::2], strict=True)
+        return tuple(
+            Span(Part(Phase.REDUCTION, f"bucket {k}"), start, stop)
+            for (k, _), (start, stop) in zip(ended, pairs, strict=True)
+        )
 
     def stop(self) -> tuple[Span, ...]:
         """End the step; return its parts in order, without gaps."""
@@ -214,16 +238,16 @@ class TimedCommunicator:
             self._inner.all_reduce(buffer, axes)
 
     def start_all_reduce(self, buffer: torch.Tensor, axes: Axes) -> Pending:
-        before = self._tape.switch(GATHERING)
+        before, over = self._tape.switch(GATHERING), self._tape.beside()
         pending = self._inner.start_all_reduce(buffer, axes)
         self._tape.switch(before)
-        return _TimedPending(pending, self._tape)
+        return _TimedPending(pending, self._tape, over)
 
     def start_reduce_scatter(self, buffer: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
-        before = self._tape.switch(GATHERING)
+        before, over = self._tape.switch(GATHERING), self._tape.beside()
         pending = self._inner.start_reduce_scatter(buffer, own, axes)
         self._tape.switch(before)
-        return _TimedPending(pending, self._tape)
+        return _TimedPending(pending, self._tape, over)
 
     def start_all_gather(self, result: torch.Tensor, own: torch.Tensor, axes: Axes) -> Pending:
         before = self._tape.switch(GATHERING)
@@ -273,12 +297,13 @@ class TimedCommunicator:
 
 
 class _TimedPending:
-    def __init__(self, inner: Pending, tape: Tape) -> None:
-        self._inner, self._tape = inner, tape
+    def __init__(self, inner: Pending, tape: Tape, over: Callable[[], None] = lambda: None) -> None:
+        self._inner, self._tape, self._over = inner, tape, over
 
     def wait(self) -> None:
         before = self._tape.switch(EXPOSED_SYNC)
         self._inner.wait()
+        self._over()
         self._tape.switch(before)
 
 

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
 from planner.ir.mesh import Mesh
-from planner.ir.rules import InputOutput
 from planner.plan.schema import Plan
 from runtime.communicator import Axes, Pending
+from runtime.data import own_part
 from runtime.launch import Process
 from runtime.parallel import joined, lower, parallelize, trace_for
 from runtime.timing import Span, Tape, TimedCommunicator, seconds_of, watched
@@ -44,14 +44,6 @@ def build_model(plan: Plan, device: torch.device, seed: int = 0) -> nn.Module:
     return load_model(plan.model.source, dict(plan.model.arguments), device=str(device)).module.to(device)
 
 
-def own_samples(plan: Plan, rank: int, size: int | None = None) -> slice:
-    """Return which samples of a global batch a rank passes."""
-    total = plan.batch if size is None else size
-    if plan.input_output is InputOutput.GLOBAL:
-        return slice(0, total)
-    return slice(*balanced_pieces(total, plan.mesh.size)[plan.mesh.ranks.index(rank)])
-
-
 @dataclass(frozen=True)
 class Batch:
     """What one rank passes to the model: positional inputs, and those by keyword."""
@@ -63,12 +55,12 @@ class Batch:
 def synthetic_batch(plan: Plan, process: Process, part: slice | None = None) -> Batch:
     """Return random inputs of the planned shapes: these samples, or what the plan has this rank pass."""
     generator = torch.Generator().manual_seed(1)
-    part = part or own_samples(plan, process.rank)
     found = Batch([])
     for spec in plan.model.inputs:
         whole = torch.randn(spec.shape, generator=generator)
         dtype = getattr(torch, spec.dtype)
-        piece = (whole if dtype.is_floating_point else whole.abs())[part].to(process.device, dtype)
+        own = (part,) if part is not None else own_part(plan, process.rank, spec.name)
+        piece = (whole if dtype.is_floating_point else whole.abs())[own].to(process.device, dtype)
         if spec.keyword:
             found.keywords[spec.name] = piece
         else:
@@ -189,15 +181,16 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
 
     Returns:
         ``measured``: a ``planner.plan.measured.Measured`` as JSON; ``spans``: for every rank those of its last step
-        with marks, each as phase, layer, start and stop in seconds. The same on every rank.
+        with marks, and the reductions beside them, each as phase, layer, start and stop in seconds. The same on every
+        rank.
     """
     plan = Plan.from_json(argument["plan"])
     set_precision(plan)
-    plain_s, watched_steps = _measured_steps(plan, process, argument["steps"], argument["warmup"])
+    plain_s, watched_steps, reductions = _measured_steps(plan, process, argument["steps"], argument["warmup"])
     alone = silent_step(plan, process)
     timed_steps(alone, 1, process.device)
     alone_s = statistics.median(timed_steps(alone, 3, process.device))
-    everyone: list[Any] = [(process.rank, seconds_of(watched_steps), _plain(watched_steps[-1]))]
+    everyone: list[Any] = [(process.rank, seconds_of(watched_steps), _plain([*watched_steps[-1], *reductions]))]
     if process.world_size > 1:
         (mine,) = everyone
         everyone = [None] * process.world_size
@@ -211,8 +204,8 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
 
 def _measured_steps(
     plan: Plan, process: Process, count: int, warmup: int
-) -> tuple[list[float], list[tuple[Span, ...]]]:
-    """Return the seconds of plain steps on the slowest rank, and the spans of others on this rank."""
+) -> tuple[list[float], list[tuple[Span, ...]], tuple[Span, ...]]:
+    """Return the seconds of plain steps on the slowest rank, this rank's spans of others, and the last's reductions."""
     model, tape = build_model(plan, process.device), Tape(process.device)
     traced = trace_for(model, plan)
     net = lower(model, traced, plan, TimedCommunicator(joined(traced, plan), tape))
@@ -228,7 +221,7 @@ def _measured_steps(
                 tape.start()
                 step()
                 spans.append(tape.stop())
-    return plain_s, spans
+    return plain_s, spans, tape.reductions()
 
 
 def _plain(spans: Sequence[Span]) -> list[list[str | float]]:

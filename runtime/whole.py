@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from planner.errors import MismatchError, RunError
+from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
 from runtime.communicator import Communicator
@@ -49,12 +49,19 @@ class Part:
 
     @staticmethod
     def of(net: nn.Module) -> "Part":
-        """Return this rank's part of a parallel module, or of one that every rank has whole."""
+        """Return this rank's part of a parallel module, or of one that every rank has whole.
+
+        Raises:
+            UsageError: a parallel module is inside another one, which would be taken for a whole one.
+        """
         if isinstance(net, ParallelModule):
             state = net._state
             communicator = state.communicator
             mesh, position, places = communicator.mesh, communicator.position, net.held
         else:
+            inside = next((name for name, each in net.named_modules() if isinstance(each, ParallelModule)), None)
+            if inside is not None:
+                raise UsageError(f"give the parallel module itself: it is {inside!r} of this {type(net).__name__}")
             size, position = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
             mesh = Mesh((MeshAxis("ranks", size),) if size > 1 else (), tuple(range(size)))
             state, communicator, places = None, None, held(net, net, {}, mesh, position)
@@ -94,9 +101,9 @@ class Part:
         assert self.communicator is not None
         if not dist.is_initialized():  # threads of one process
             return self.communicator.start_gather_ints(int(value))()
-        group, everyone = files_group(self.mesh), [0] * self.mesh.size
-        dist.all_gather_object(everyone, (dist.get_rank(), int(value)), group=group)
-        by_rank = dict(everyone)  # type: ignore[call-overload]  # pairs by now
+        pairs = [(0, 0)] * self.mesh.size
+        dist.all_gather_object(pairs, (dist.get_rank(), int(value)), group=files_group(self.mesh))
+        by_rank = dict(pairs)
         return [by_rank[rank] for rank in self.mesh.ranks]
 
 

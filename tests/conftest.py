@@ -69,7 +69,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
     """With ``-n``, tests of files that start processes run one after another on one worker, all else beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ProcessesApart(LoadScopeScheduling):
+    class ProcessesApart(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
         def _split_scope(self, nodeid: str) -> str:
             return "processes" if _starts_processes(config.rootpath / nodeid.partition("::")[0]) else nodeid
 
@@ -94,5 +94,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def host_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``XDG_CACHE_HOME`` of processes: this host is measured once for all tests, and no file of the user's is used."""
+    """The ``XDG_CACHE_HOME`` of processes: this host is measured once for all tests, apart from the user's files."""
     return tmp_path_factory.mktemp("cache")

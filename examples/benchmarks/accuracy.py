@@ -1,6 +1,6 @@
 """Predicted against measured step times: four networks, three link rates, four strategies, two hosts.
 
-    sudo python examples/benchmarks/accuracy.py -o examples/benchmarks/accuracy.csv
+    sudo python -m examples.benchmarks.accuracy -o examples/benchmarks/accuracy.csv
 
 For every network the pieces of its layers are timed first, on both hosts at once; for every rate the
 link. Then the strategies are planned and trained, a step of each after the other. Writes a row for
@@ -21,13 +21,8 @@ from pathlib import Path
 
 from scipy.stats import rankdata, spearmanr
 
-from planner.api import Machine, Options, Origin, Planner, example_inputs, measure_host, measure_layers, prepare
+from examples.benchmarks.on_hosts import Case, iqr, plan_with, planner_on_hosts, raced
 from planner.errors import LayerwiseError
-from planner.frontend.source import load_model
-from planner.measure.host import machine_from
-from planner.units import parse_bit_rate
-from runtime.launch import run_local
-from runtime.namespaces import two_hosts
 
 RATES = ("200mbit", "1gbit", "10gbit")
 STRATEGIES = ("data", "model", "conv-data-fc-model", "planned")
@@ -35,15 +30,6 @@ WARMUP = 1
 ROUNDS = {"200mbit": 3, "1gbit": 5, "10gbit": 7}
 TIE = 0.03
 """Steps that differ by less than this share count as equally fast: a second run would swap them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A network and what it is trained on."""
-
-    model: str
-    batch: int
-    image: tuple[int, int, int]
 
 
 CASES = {
@@ -111,22 +97,12 @@ def measured(cases: Mapping[str, Sequence[str]]) -> Iterator[list[Row]]:
         layers = None
         for rate in rates:
             start = time.perf_counter()
-            with two_hosts(parse_bit_rate(rate)) as hosts:
-                planner = _prepared(CASES[network], Machine(*machine_from(measure_host(2, hosts), 2)))
-                if layers is None:
-                    layers = measure_layers(planner, hosts).machine.profile.layers
-                profile = dataclasses.replace(planner.machine.profile, layers=layers)
-                planner = dataclasses.replace(planner, machine=Machine(planner.machine.graph, profile))
-                plans = {name: _plan(planner, name) for name in STRATEGIES}
+            with planner_on_hosts(CASES[network], rate, layers) as (planner, hosts):
+                layers = planner.machine.profile.layers
+                plans = {name: plan_with(planner, solver="auto" if name == "planned" else name) for name in STRATEGIES}
                 first = {plan.digest: name for name, plan in reversed(plans.items())}  # equal plans run once
-                argument = {
-                    "plans": {name: plans[name].to_json() for name in first.values()},
-                    "rounds": ROUNDS[rate], "warmup": WARMUP,
-                }  # fmt: skip
-                (samples, _) = run_local(
-                    "runtime.training:race", argument, num_ranks=2, timeout_s=3600.0, threads_per_rank=1, hosts=hosts
-                )
-            assert isinstance(samples, dict)
+                unequal = {name: plans[name] for name in first.values()}
+                samples = raced(unequal, hosts, rounds=ROUNDS[rate], warmup=WARMUP)
             found = [
                 _row(network, rate, name, plan.totals.step_s, samples[first[plan.digest]])
                 for name, plan in plans.items()
@@ -135,28 +111,11 @@ def measured(cases: Mapping[str, Sequence[str]]) -> Iterator[list[Row]]:
             yield found
 
 
-def _prepared(case: Case, machine: Machine) -> Planner:
-    loaded = load_model(case.model)
-    return prepare(
-        loaded.module,
-        example_inputs([case.image], case.batch),
-        machine,
-        Options(all_devices=True),
-        Origin(case.model, case.model),
-    )
-
-
-def _plan(planner: Planner, name: str):
-    options = Options(solver="auto" if name == "planned" else name, all_devices=True)
-    return dataclasses.replace(planner, options=options).plan()
-
-
 def _row(network: str, rate: str, strategy: str, predicted_s: float, samples_s: list[float]) -> Row:
-    quartiles = statistics.quantiles(samples_s, n=4)
     case = CASES[network]
     return Row(
-        network, case.batch, "x".join(map(str, case.image)), rate, strategy, predicted_s,
-        statistics.median(samples_s), quartiles[2] - quartiles[0], len(samples_s),
+        network, case.batch, case.size, rate, strategy, predicted_s,
+        statistics.median(samples_s), iqr(samples_s), len(samples_s),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Training steps of torch's own ways to use several processes, to race plans against.
 
-Every one trains the model of a plan, on its samples, with its optimizer, and computes the gradient of the mean loss over the
-global batch.
+Every one trains the model of a plan, on its samples, with its optimizer, and computes the gradient of the mean loss
+over the global batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +36,7 @@ DDP: Final = "DDP"
 FSDP: Final = "FSDP2"
 TP: Final = "TP + DDP"
 ALONE: Final = "one device"
+UNDISTURBED: Final = "one device, other idle"
 
 
 def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
@@ -100,9 +101,9 @@ def tensor_parallel_step(plan: Plan, process: Process) -> Step:
     """Return a step of one weird trick in torch's own terms: linear layers tensor-parallel, all else under DDP.
 
     Linear layers take turns in being split by their columns and by their rows. The first of a pair gathers the samples
-    of all ranks, the second one scatters the sums of its partial products back to them. DDP leaves their parameters alone.
-    Their gradients are sums over the ranks' mean losses, so their learning rate is smaller by the number of ranks,
-    instead of one more pass over the gradients.
+    of all ranks, the second one scatters the sums of its partial products back to them. DDP leaves their parameters
+    alone. Their gradients are sums over the ranks' mean losses, so their learning rate is smaller by the number of
+    ranks, instead of one more pass over the gradients.
     """
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     net = build_model(plan, process.device)
@@ -127,7 +128,7 @@ def tensor_parallel_step(plan: Plan, process: Process) -> Step:
 
 
 def split_linears(net: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """Split the linear layers of a network over a mesh; return their names. Only element-wise layers may lie between."""
+    """Split linear layers over a mesh, with nothing but element-wise layers between them; return their names."""
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     for pair in (names[k : k + 2] for k in range(0, len(names), 2)):
         if len(pair) == 2:
@@ -140,11 +141,18 @@ def split_linears(net: nn.Module, mesh: DeviceMesh) -> list[str]:
 
 
 def alone_step(plan: Plan, process: Process) -> Step:
-    """Return a step of one device on the whole batch: the first rank trains, the others look on."""
-    if process.rank != 0:
-        return lambda: None
+    """Return a step of one device on the whole batch: every rank takes it by itself, at the same time.
+
+    So a host is as fast as in all other rows: on one machine, hosts share caches, memory and, as two threads of one
+    core, arithmetic units, which hosts of their own do not.
+    """
     net = build_model(plan, process.device)
     return training_step(net, plan, synthetic_batch(plan, process, slice(0, plan.batch)))[0]
+
+
+def undisturbed_step(plan: Plan, process: Process) -> Step:
+    """Return a step of one device on the whole batch while the other ranks look on."""
+    return alone_step(plan, process) if process.rank == 0 else lambda: None
 
 
 def own_part(plan: Plan, process: Process) -> slice:
@@ -157,4 +165,5 @@ CONTENDERS: Final[dict[str, Callable[[Plan, Process], Step]]] = {
     FSDP: fsdp_step,
     TP: tensor_parallel_step,
     ALONE: alone_step,
+    UNDISTURBED: undisturbed_step,
 }

@@ -23,8 +23,8 @@ from planner.frontend.source import load_model
 from planner.measure.saved import SavedBytes
 from planner.plan import Plan
 from runtime.communicator import ThreadCommunicator, ThreadWorld
+from runtime.data import own_samples
 from runtime.parallel import lower, trace_for
-from runtime.training import own_samples
 
 OUTPUT = Path(__file__).with_suffix(".csv")
 CASES = (  # model, samples of a step, strategy, ranks

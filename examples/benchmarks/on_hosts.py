@@ -1,17 +1,18 @@
 """What the benchmarks on two hosts share: planning on measured rates and layers, and races of training steps."""
 
 import dataclasses
-import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from planner.api import Machine, Options, Origin, Planner, example_inputs, measure_host, measure_layers, prepare
 from planner.frontend.source import load_model
 from planner.measure.host import machine_from
 from planner.plan import Plan
-from planner.profile.measurement import Measurement
+from planner.profile.table import Measurement
 from planner.units import parse_bit_rate
 from runtime.launch import run_local
 from runtime.namespaces import Hosts, two_hosts
@@ -30,6 +31,7 @@ class Case:
         image: of one sample, channels first.
         arguments: of the model.
         optimizer: see ``planner.api.Options``.
+        options: further ones.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Case:
     image: tuple[int, ...]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: str = "momentum"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> str:
@@ -56,7 +59,7 @@ def planner_on_hosts(case: Case, rate: str, layers: Layers | None = None) -> Ite
     with two_hosts(parse_bit_rate(rate)) as hosts:
         machine = Machine(*machine_from(measure_host(2, hosts), 2))
         module = load_model(case.model, dict(case.arguments)).module
-        options = Options(all_devices=True, optimizer=case.optimizer)
+        options = Options(all_devices=True, optimizer=case.optimizer, **case.options)
         origin = Origin(case.model, case.model, case.arguments)
         planner = prepare(module, example_inputs([case.image], case.batch), machine, options, origin)
         if layers is None:
@@ -99,7 +102,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
 
 def ratio_interval(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
     """Return a 95 % bootstrap interval of the median of the ratios of paired samples."""
-    ratios = [x / y for x, y in zip(a, b, strict=True)]
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(resamples))
-    return medians[round(0.025 * resamples)], medians[round(0.975 * resamples) - 1]
+    ratios = np.asarray(a) / np.asarray(b)
+    drawn = np.random.default_rng(0).choice(ratios, (resamples, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(low), float(high)

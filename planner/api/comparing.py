@@ -185,6 +185,7 @@ def _planner_of(plan: Plan, machine: Machine) -> Planner:
     options = Options(
         precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
         dimensions=frozenset(Dimension), parameter_sharding=plan.stages[0].parameter_sharding,
+        halo_overlap="auto" if any(layer.overlap for layer in plan.stages[0].layers) else "never",
     )  # fmt: skip
     planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
     refuse_other_model(plan, planner.traced.layers)

@@ -21,12 +21,14 @@ class Options:
         optimizer: ``sgd``, ``momentum`` or ``adam``.
         sync_batch_norm: statistics over the global batch (as one device) or each rank's own.
         io: ``per-rank``, ``global`` or ``local``; per-rank where every rank gets a sample, else global, if None.
-        dimensions: that may be split; a fixed strategy as the solver adds its own to the default.
+        dimensions: that may be split. The default is all but space, and space too where there are fewer samples than
+            devices; a fixed strategy as the solver adds its own to it.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
         time_limit_s: for the integer program and for further candidate meshes.
         constraints: on single layers.
-        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``; it is priced, but the
-            runtime does not execute it yet.
+        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``.
+        halo_overlap: ``auto``: halo exchanges run beside computation where that is predicted to be faster; or
+            ``always``, or ``never``.
         all_devices: use all devices even where fewer are faster.
     """
 
@@ -41,6 +43,7 @@ class Options:
     time_limit_s: float = 60.0
     constraints: Constraints = NO_CONSTRAINTS
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
+    halo_overlap: Literal["auto", "always", "never"] = "auto"
     all_devices: bool = False
 
 

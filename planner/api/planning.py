@@ -1,6 +1,7 @@
 """The whole way in a few functions: trace, price, search, plan."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from planner.cost.halo import HaloOverlap
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
 from planner.cost.sharding import ParameterSharding
@@ -18,7 +20,7 @@ from planner.devices.graph import DeviceGraph
 from planner.errors import UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
-from planner.ir.dimension import Dimension
+from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.mesh import Mesh
 from planner.ir.rules import InputOutput
 from planner.ir.tensor import DType
@@ -95,10 +97,19 @@ class Planner:
 
     @property
     def dimensions(self) -> frozenset[Dimension]:
-        """The dimensions that may be split."""
+        """The dimensions that may be split: those asked for.
+
+        By default all but space, which is added where there are fewer samples than devices: only there it is needed
+        to use them all. A fixed strategy as the solver adds its own.
+        """
         asked = frozenset(self.options.dimensions)
+        if asked != DEFAULT_DIMENSIONS:
+            return asked
         rule = FIXED.get(self.options.solver)
-        return asked | rule.dimensions if rule is not None and asked == DEFAULT_DIMENSIONS else asked
+        if rule is not None:
+            return asked | rule.dimensions
+        scarce = self.traced.layers.batch < math.prod(level.size for level in self.machine.graph.levels)
+        return asked | SPATIAL_DIMENSIONS if scarce else asked
 
     @property
     def sharding(self) -> ParameterSharding:
@@ -130,7 +141,8 @@ class Planner:
         if mesh not in self._models:
             options, machine = self.options, self.machine
             settings = Settings(
-                options.precision, Optimizer(options.optimizer), options.sync_batch_norm, self.sharding
+                options.precision, Optimizer(options.optimizer), options.sync_batch_norm, self.sharding,
+                HaloOverlap(options.halo_overlap),
             )  # fmt: skip
             self._models[mesh] = CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
         return self._models[mesh]
@@ -270,6 +282,8 @@ def prepare(
         raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
     if options.parameter_sharding not in set(ParameterSharding):
         raise UnknownNameError("parameter sharding", options.parameter_sharding, [s.value for s in ParameterSharding])
+    if options.halo_overlap not in set(HaloOverlap):
+        raise UnknownNameError("halo overlap", options.halo_overlap, [wish.value for wish in HaloOverlap])
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
     traced = trace_layers(model, tuple(example_inputs), origin.name, keywords=example_keywords)

@@ -77,7 +77,7 @@ def _as_rank(size: int, timeout_s: float) -> list[Row]:
 
     process = initialize(timeout_s=timeout_s)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    argument = {"plans": _plans(size), "timeout_s": timeout_s, "shared": False}
+    argument: dict[str, Any] = {"plans": _plans(size), "timeout_s": timeout_s, "shared": False}
     found = examine(argument, process)
     if 0 < torch.cuda.device_count() < local and not any(row["reason"] for row in found):
         found += examine({**argument, "shared": True}, process)
@@ -93,9 +93,9 @@ def _locally(size: int, timeout_s: float, terminal: Terminal) -> list[Row]:
     num_gpus = torch.cuda.device_count()
     found = _job(size, False, timeout_s, terminal)
     if 0 < num_gpus < size:
-        found += _job(1, False, timeout_s, terminal)  # NCCL cannot put two ranks on one GPU
+        found += _job(num_gpus, False, timeout_s, terminal)  # NCCL cannot put two ranks on one GPU
         for sharing in SHARING:
-            found += _job(sharing, True, timeout_s, terminal)
+            found += _job(sharing, True, timeout_s, terminal) if sharing > num_gpus else []
     return found
 
 
@@ -106,7 +106,7 @@ def _job(size: int, shared: bool, timeout_s: float, terminal: Terminal) -> list[
     kind = "sharing GPUs" if shared else "each with what it finds"
     terminal.err.print(f"checking with {size} local processes, {kind} ...")
     # a collective gives up first, so that the report names it
-    argument = {"plans": _plans(size), "timeout_s": timeout_s / 2, "shared": shared}
+    argument: dict[str, Any] = {"plans": _plans(size), "timeout_s": timeout_s / 2, "shared": shared}
     try:
         results = run_local(
             "runtime.doctor:examine", argument, num_ranks=size, timeout_s=timeout_s,

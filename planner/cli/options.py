@@ -107,7 +107,11 @@ class Asked(AskedModel):
     ] = "auto"
     dims: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="What may be split, such as sample,out_channel."),
+        typer.Option(
+            metavar="LIST",
+            help="What may be split, such as sample,out_channel,height. By default samples and channels; space too where "
+            "there are fewer samples than devices.",
+        ),
     ] = None
     mesh: Annotated[str | None, typer.Option(metavar="SIZES", help="Such as node=8,gpu=4x2; searched if left out.")] = (
         None
@@ -153,8 +157,12 @@ class Asked(AskedModel):
     ] = None
     parameter_sharding: Annotated[
         Literal["none", "optimizer", "full"],
-        typer.Option(help="Cut optimizer state, or parameters and gradients too, over ranks; priced, not run yet."),
+        typer.Option(help="Cut optimizer state, or parameters and gradients too, over ranks (ZeRO, FSDP)."),
     ] = "none"
+    halo_overlap: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(help="Exchange border rows beside computation: where that is predicted to be faster, or as told."),
+    ] = "auto"
     all_devices: Annotated[
         bool, typer.Option("--all-devices", help="Use every device, even where fewer are predicted to be faster.")
     ] = False

@@ -107,6 +107,7 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
         optimizer=asked.optimizer, sync_batch_norm=not asked.local_batch_norm, io=asked.io,
         dimensions=asked.dimensions() or DEFAULT_DIMENSIONS, mesh=asked.mesh, time_limit_s=asked.time_limit_s(),
         constraints=asked.constraints(), parameter_sharding=asked.parameter_sharding, all_devices=asked.all_devices,
+        halo_overlap=asked.halo_overlap,
     )  # fmt: skip
     machine = machine_of(asked.cluster, asked.devices, asked.precision, asked.profile)
     model = load_model(asked.model, arguments)

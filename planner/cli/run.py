@@ -113,7 +113,12 @@ def _write_trace(path: Path, plan: Plan, measured: "Measured", spans: Spans) -> 
     }  # fmt: skip
     ranks = {
         f"rank {rank}, measured": [
-            Event(f"{layer} {phase.replace('_', ' ')}".strip(), streams.get(phase, "compute"), start, stop)
+            Event(
+                f"{layer} {phase.replace('_', ' ')}".strip(),
+                f"reduction, {layer}" if phase == "reduction" else streams.get(phase, "compute"),
+                start,
+                stop,
+            )
             for phase, layer, start, stop in found
         ]
         for rank, found in enumerate(spans)

@@ -19,6 +19,10 @@ from planner.ir.ops import Conv, ConvTranspose, Linear
 from planner.ir.rows import row_axes
 from planner.ir.rules import LayerLayouts
 from planner.ir.tensor import DType
+from planner.ir.transfer import is_halo, steps
+
+_SPACE: Final = 2
+"""The first dimension of space."""
 
 
 class Optimizer(StrEnum):
@@ -133,6 +137,21 @@ def layer_bytes(
         weights, gradients, reduced, updated * STATE_COPIES[optimizer], kept,
         _elements(layouts.computed) * item, sum(inputs), updated, gathered,
     )  # fmt: skip
+
+
+def kept_by_producer(layer: Layer, have: Layout, need: Layout, dtype: DType) -> int:
+    """Return the bytes of a layer's input that ``layer_bytes`` counts as moved although the producer keeps them.
+
+    A layer's split alone does not tell. Where space is cut, a piece often stays where it is, and of a halo only the
+    neighbours' rows are new (``runtime.halo``).
+    """
+    products = isinstance(layer.op, Conv | ConvTranspose | Linear)
+    if not products or not any(isinstance(p, int) and p >= _SPACE for p in need.placements):
+        return 0
+    if not steps(have, need):
+        return _elements(need) * dtype.item_bytes
+    halo = isinstance(layer.op, Conv) and is_halo(have, need)
+    return min(_elements(have), _elements(need)) * dtype.item_bytes if halo else 0
 
 
 def _elements(layout: Layout) -> int:

@@ -10,6 +10,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.cost.halo import HaloOverlap
 from planner.cost.memory import LayerBytes, Optimizer, layer_bytes, update_passes
 from planner.cost.sharding import ParameterSharding, largest_gathers, whole_bytes
 from planner.cost.transfer import FREE, Price, Reduction, StepPricer
@@ -20,9 +21,9 @@ from planner.ir.count import gradient_flow
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.layout import Layout, Whole
 from planner.ir.mesh import Mesh
-from planner.ir.ops import BatchNorm
+from planner.ir.ops import BatchNorm, GroupNorm
 from planner.ir.rows import row_axes
-from planner.ir.rules import LayerLayouts, Partition, partition, reduced_axes
+from planner.ir.rules import LayerLayouts, Partition, partition, reduced_axes, spatial_axes
 from planner.ir.split import LayerId, Split
 from planner.ir.tensor import DType
 from planner.profile.key import LocalLayer
@@ -47,12 +48,14 @@ class Settings:
         optimizer: decides state and update traffic.
         sync_batch_norm: statistics over the global batch, or over each rank's own piece.
         parameter_sharding: what is cut over the ranks that synchronise a parameter.
+        halo_overlap: which halo exchanges run beside computation.
     """
 
     precision: str = "fp32"
     optimizer: Optimizer = Optimizer.MOMENTUM
     sync_batch_norm: bool = True
     parameter_sharding: ParameterSharding = ParameterSharding.NONE
+    halo_overlap: HaloOverlap = HaloOverlap.NEVER
 
     def activation_dtype(self, dtype: DType) -> DType:
         """Return the element type of an activation that is ``dtype`` in the model."""
@@ -226,10 +229,13 @@ class CostModel:
         return self.pricer.reduction(axes, num_bytes, CollectiveKind.ALL_GATHER)
 
     def _statistics(self, layer: Layer, output: Layout) -> tuple[Price, Price]:
-        """Return what batch norm statistics cost.
+        """Return what the statistics of batch norms, and of a group norm that is split by space, cost.
 
-        Forward, an all-gather of mean, variance and count; backward, an all-reduce of two sums.
+        Forward, an all-gather of mean, variance and count; backward, an all-reduce of two sums. Of a group norm for
+        each sample and group.
         """
+        if isinstance(layer.op, GroupNorm):
+            return self._group_statistics(layer.op, spatial_axes(layer.output, output), output)
         axes = reduced_axes(layer.output, output)
         if not axes or not self.settings.sync_batch_norm:
             return FREE, FREE
@@ -242,6 +248,16 @@ class CostModel:
             backward = self.pricer.all_reduce(axes, 2 * channels * DType.FLOAT32.item_bytes)
             pair = pair[0] + forward, pair[1] + backward
         return pair
+
+
+    def _group_statistics(self, op: GroupNorm, axes: tuple[int, ...], output: Layout) -> tuple[Price, Price]:
+        samples, channels, *_ = output.largest_shape()
+        rows = samples * (op.groups * channels // op.channels)
+        if not axes:
+            return FREE, FREE
+        row_bytes = (2 * rows + 1) * DType.FLOAT32.item_bytes
+        forward = self.pricer.all_gather(axes, row_bytes * math.prod(self.mesh.shape[a] for a in axes))
+        return forward, self.pricer.all_reduce(axes, 2 * rows * DType.FLOAT32.item_bytes)
 
 
 def _carriers(graph: LayerGraph) -> dict[str, LayerId]:

@@ -87,6 +87,22 @@ class Streams:
             seconds = self._pass(seconds, 1 / (1 + factors.count(2)), durations_s)
         self._end(name, "transfer", start_s, seconds)
 
+    def beside(self, name: str, seconds: float, levels: int) -> None:
+        """Compute for so long, while a transfer that takes as long alone goes on; end with the later of both."""
+        start_s, computing_s, sending_s = self.now_s, seconds, seconds
+        while self._running and computing_s > 0 and sending_s > 0:
+            factors = [2 if r.reduction.levels & levels else 1 for r in self._running]
+            durations_s = [r.reduction.loaded_s * f for r, f in zip(self._running, factors, strict=True)]
+            shares = self._compute_share, 1 / (1 + factors.count(2))
+            whole_s = min(computing_s / shares[0], sending_s / shares[1])
+            passed_s = whole_s - self._pass(whole_s, 1.0, durations_s)
+            computing_s, sending_s = computing_s - passed_s * shares[0], sending_s - passed_s * shares[1]
+        if self._running:  # one of both is done
+            self.compute(name, max(computing_s, 0.0))
+            self.transfer(name, max(sending_s, 0.0), levels)
+        else:
+            self._end(name, "compute", start_s, max(computing_s, sending_s))
+
     def start(self, name: str, reduction: Reduction) -> Running:
         """Post a reduction; return what ``wait`` takes."""
         posted = Running(name, reduction)

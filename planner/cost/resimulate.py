@@ -22,7 +22,7 @@ from typing import NamedTuple
 from planner.cost.model import Axes
 from planner.cost.overlap import State, Streams
 from planner.cost.sharding import ParameterSharding
-from planner.cost.simulate import LayerBackward, simulated_step_s
+from planner.cost.simulate import NO_GRADIENTS, LayerBackward, simulated_step_s
 from planner.cost.table import CostTable, EdgeCost
 from planner.cost.transfer import Reduction
 from planner.ir.bucket import fill_buckets
@@ -92,7 +92,7 @@ class Resimulation:
             self._readers[i].append(j)
         self._priced: dict[tuple[Axes, int], Reduction] = {}
         self._choice = list(choice)
-        self._terms = [_Terms(0.0, LayerBackward(0.0, 0, 0.0, 0.0, 0))] * count
+        self._terms = [_Terms(0.0, LayerBackward(0.0, 0, 0.0, NO_GRADIENTS))] * count
         self._unhidden_s = 0.0
         self._sync: dict[Axes, Mapping[int, int]] = defaultdict(dict)
         self._completed: dict[Axes, Mapping[int, int]] = defaultdict(dict)
@@ -133,16 +133,14 @@ class Resimulation:
 
     def _terms_of(self, j: int, choice: Sequence[int]) -> _Terms:
         cost = self._table.layers[j][choice[j]]
-        forward_s = backward_s = 0.0
-        levels = 0
+        forward_s, gradients = 0.0, NO_GRADIENTS
         for i, edge in self._in_edges[j]:
             pair = choice[i], choice[j]
             forward_s += float(edge.forward_s[pair])
-            backward_s += float(edge.backward_s[pair])
-            levels |= int(edge.backward_levels[pair])
+            gradients = gradients.with_edge(edge, pair)
         return _Terms(
             forward_s + cost.forward_s + cost.blocking_forward.seconds + cost.update_s,
-            LayerBackward.of(cost, backward_s, levels),
+            LayerBackward.of(cost, gradients),
         )
 
     def _trial(self, choice: Sequence[int], changed: Iterable[int]) -> _Trial:

@@ -18,18 +18,20 @@ sharding       communication                           bytes on a rank          
 k is the optimizer's ``STATE_COPIES``. An all-reduce moves what a reduce-scatter and an all-gather move, so
 ``optimizer`` sends as much as ``none`` and ``full`` 1.5 times as much.
 
-What is cut are rows, the indices of dimension 0 of the piece that a rank works with (``planner.ir.rows``). A parameter with
-fewer rows than ranks is held, reduced and updated as without sharding (``LayerCost.whole``). Where rows do not divide, equal
-sections of messages have gaps, which are not counted.
+What is cut are rows, the indices of dimension 0 of the piece that a rank works with (``planner.ir.rows``). A parameter
+with fewer rows than ranks is held, reduced and updated as without sharding (``LayerCost.whole``). Where rows do not
+divide, equal sections of messages have gaps, which are not counted.
 
-``optimizer`` is stage 1 of ZeRO: gradients are reduced in buckets behind backward, and the same buckets are gathered behind
-the update (by the runtime in front of the next forward pass). ``full`` is its stage 3 in the form of FSDP [Zhao23], as torch's ``fully_shard`` does
-it for every layer on its own: the gather of the next layer with parameters is started when a layer starts (one ahead,
-forward as backward) and waits its turn on the levels of the machine that it uses; gradients are reduced layer by
-layer, without buckets. At most two layers' parameters and two layers' gradients are whole at any time; the runtime waits for the gradients
-of a layer when those of the second one behind it are ready, by which time the gather between them had to be there. The last layer
-is gathered twice as all others are, although its two uses follow each other. Parameters that are not trained, buffers,
-and parameters that no two ranks share are held as without sharding.
+``optimizer`` is stage 1 of ZeRO: gradients are reduced in buckets behind backward, and the same buckets are gathered
+behind the update (by the runtime in front of the next forward pass).
+
+``full`` is its stage 3 in the form of FSDP [Zhao23], as torch's ``fully_shard`` does it for every layer on its own: the
+gather of the next layer with parameters is started when a layer starts (one ahead, forward as backward) and waits its
+turn on the levels of the machine that it uses; gradients are reduced layer by layer, without buckets. At most two
+layers' parameters and two layers' gradients are whole at any time: the runtime waits for a layer's gradients when those
+of the second layer behind it are ready, by which time the gather between them had to be there. The last layer is
+gathered twice as all others are, although its two uses follow each other. Parameters that are not trained, buffers, and
+parameters that no two ranks share are held as without sharding.
 """
 
 import math

@@ -1,34 +1,56 @@
 """One training step in time: a compute stream, and gradient reductions behind it on the machine's levels.
 
 What the runtime blocks on, blocks here: transfers between layers, partial sums, batch norm
-statistics. Gradient reductions are collected in the runtime's buckets and run behind the rest of
-backward (``planner.cost.overlap``). The optimizer starts when backward and all reductions have
-ended. What sharded parameters add says ``planner.cost.sharding``.
+statistics. Halo exchanges run beside computation where that is faster (``planner.cost.halo``).
+Gradient reductions are collected in the runtime's buckets and run behind the rest of backward
+(``planner.cost.overlap``). The optimizer starts when backward and all reductions have ended. What
+sharded parameters add says ``planner.cost.sharding``.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from planner.cost.halo import HaloPair
+from planner.cost.memory import LayerBytes, kept_by_producer
 from planner.cost.model import Axes, LayerCost
 from planner.cost.overlap import Event, Running, Streams
 from planner.cost.peak import StepMemory, step_memory
 from planner.cost.sharding import ParameterSharding
-from planner.cost.table import CostTable
+from planner.cost.table import CostTable, EdgeCost
 from planner.cost.transfer import Reduction
 from planner.ir.bucket import fill_buckets
+from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.profile.table import Source
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """What a layer adds to a step, in seconds; transfers are those of its inputs."""
+    """What a layer adds to a step, in seconds; transfers are those of its inputs.
+
+    Attributes:
+        compute_s: forward, backward and optimizer.
+        waited_s: transfers that compute waits for, halos included.
+        halo_s: halo exchanges, whole.
+        halo_waited_s: what compute waits for of them, with what overlapping them costs.
+        overlaps_halo: they run beside computation.
+        sync_s: gradient reductions, hidden or not.
+        exposed_s: communication that is not hidden.
+    """
 
     compute_s: float
-    transfer_s: float
+    waited_s: float
+    halo_s: float
+    halo_waited_s: float
+    overlaps_halo: bool
     sync_s: float
     exposed_s: float
+
+    @property
+    def transfer_s(self) -> float:
+        """Blocking transfers but for halos."""
+        return max(self.waited_s - self.halo_waited_s, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,52 +96,91 @@ def simulated_step_s(table: CostTable, choice: Sequence[int], bucket_bytes: int)
     return _Simulation(table, choice, keeps_events=False).run(bucket_bytes)
 
 
+class InputGradients(NamedTuple):
+    """Gradients of a layer's inputs on their way to the layers that made them.
+
+    Attributes:
+        waited_s: what backward waits for, but for halos.
+        halo_s: what it waits for of halos, with what overlapping them costs.
+        hidden_s: of halos, what runs beside computation.
+        levels: of the machine that are used (``planner.cost.transfer.Price``).
+    """
+
+    waited_s: float
+    halo_s: float
+    hidden_s: float
+    levels: int
+
+    def with_edge(self, edge: EdgeCost, pair: tuple[int, int]) -> "InputGradients":
+        """Return them with those of one more input."""
+        seconds, levels = float(edge.backward_s[pair]), self.levels | int(edge.backward_levels[pair])
+        halo = edge.halos.get(pair)
+        if halo is None:
+            return InputGradients(self.waited_s + seconds, self.halo_s, self.hidden_s, levels)
+        return InputGradients(self.waited_s, self.halo_s + seconds, self.hidden_s + halo.hidden_s, levels)
+
+
+NO_GRADIENTS = InputGradients(0.0, 0.0, 0.0, 0)
+
+
 class LayerBackward(NamedTuple):
     """Backward of one layer, in seconds, with the levels of what is sent (``planner.cost.transfer.Price``).
 
     Attributes:
         sums_s, sums_levels: partial sums and batch norm statistics.
         compute_s: gradients, and copying them into buckets.
-        input_s, input_levels: gradients of the inputs on their way to the layers that made them.
+        inputs: gradients of the inputs.
     """
 
     sums_s: float
     sums_levels: int
     compute_s: float
-    input_s: float
-    input_levels: int
+    inputs: InputGradients
 
     @staticmethod
-    def of(cost: LayerCost, input_s: float, input_levels: int) -> "LayerBackward":
+    def of(cost: LayerCost, inputs: InputGradients) -> "LayerBackward":
         """Return backward of a layer of this cost, with these transfers of its inputs' gradients."""
         sums = cost.blocking_backward
-        return LayerBackward(sums.seconds, sums.levels, cost.backward_s + cost.collect_s, input_s, input_levels)
+        return LayerBackward(sums.seconds, sums.levels, cost.backward_s + cost.collect_s, inputs)
 
     def run(self, streams: Streams, launches: Iterable[Reduction], name: str = "") -> None:
-        """Go through it; reductions of the buckets that it completes start before gradients of inputs are sent."""
+        """Go through it.
+
+        The layer's gradients are ready when its halos have arrived, which the last of the computation may hide. Then
+        reductions of the buckets that they complete start, and other gradients of inputs are sent.
+        """
+        waited_s, halo_s, hidden_s, levels = self.inputs
         if self.sums_s:
             streams.transfer(f"{name} sums backward", self.sums_s, self.sums_levels)
-        streams.compute(f"{name} backward", self.compute_s)
+        if hidden_s:
+            hidden_s = min(hidden_s, self.compute_s)
+            streams.compute(f"{name} backward", self.compute_s - hidden_s)
+            streams.beside(f"{name} backward", hidden_s, levels)
+        else:
+            streams.compute(f"{name} backward", self.compute_s)
+        if halo_s:
+            streams.transfer(f"{name} halo backward", halo_s, levels)
         for reduction in launches:
             streams.start(f"sync {name}", reduction)
-        if self.input_s:
-            streams.transfer(f"{name} input backward", self.input_s, self.input_levels)
+        if waited_s:
+            streams.transfer(f"{name} input backward", waited_s, levels)
 
 
 class _Simulation:
     def __init__(self, table: CostTable, choice: Sequence[int], *, keeps_events: bool) -> None:
-        self._table, self._keeps_events = table, keeps_events
+        self._table, self._choice, self._keeps_events = table, choice, keeps_events
         self._names = [layer.id for layer in table.space.graph.layers]
         self._costs = [costs[c] for costs, c in zip(table.layers, choice, strict=True)]
         count = len(self._costs)
-        self._in_forward, self._in_backward, self._in_bytes = [0.0] * count, [0.0] * count, [0.0] * count
-        self._in_levels = [0] * count
+        self._in_forward, self._in_bytes = [0.0] * count, [0.0] * count
+        self._in_backward = [NO_GRADIENTS] * count
+        self._halos: list[HaloPair | None] = [None] * count
         for (i, j, _), edge in table.edges.items():
             pair = choice[i], choice[j]
             self._in_forward[j] += float(edge.forward_s[pair])
-            self._in_backward[j] += float(edge.backward_s[pair])
+            self._in_backward[j] = self._in_backward[j].with_edge(edge, pair)
             self._in_bytes[j] += float(edge.num_bytes[pair])
-            self._in_levels[j] |= int(edge.backward_levels[pair])
+            self._halos[j] = edge.halos.get(pair) or self._halos[j]
         self._streams = Streams(tuple(level.name for level in table.model.machine.levels), keeps_events)
         self._sync_s = [0.0] * count
         self._sharding = table.model.settings.parameter_sharding
@@ -189,7 +250,7 @@ class _Simulation:
         backward = self._gathering(order)
         for j in order:
             next(backward, None)
-            own = LayerBackward.of(self._costs[j], self._in_backward[j], self._in_levels[j])
+            own = LayerBackward.of(self._costs[j], self._in_backward[j])
             own.run(streams, (*buckets.get(j, ()), *whole.get(j, ())), self._names[j])
 
     def _ready(self, bytes_of: Callable[[LayerCost], Mapping[Axes, int]]) -> list[tuple[int, Axes, int]]:
@@ -212,23 +273,38 @@ class _Simulation:
                     self._sync_s[j] += reduction.seconds * part / num_bytes
         return found
 
+    def _memories(self) -> list[LayerBytes]:
+        """Return the bytes of every layer; what a producer keeps is not counted again with its reader."""
+        model, layers = self._table.model, self._table.space.graph.layers
+        found = [cost.memory for cost in self._costs]
+        splits = [self._table.space.splits[layer.id][c] for layer, c in zip(layers, self._choice, strict=True)]
+        for i, j, position in self._table.edges:
+            if not SPATIAL_DIMENSIONS.isdisjoint(splits[j].dimensions):
+                have, need = model.layouts(layers[i], splits[i]).output, model.layouts(layers[j], splits[j])
+                dtype = model.settings.activation_dtype(layers[i].output.dtype)
+                again = kept_by_producer(layers[j], have, need.inputs[position], dtype)
+                found[j] = replace(found[j], activations=max(found[j].activations - again, 0))
+        return found
+
     def timeline(self) -> Timeline:
         """Return what happened."""
         costs, sync_s, step_s = self._costs, self._sync_s, self._streams.now_s
         total_sync_s = sum(sync_s)
         compute = [cost.forward_s + cost.backward_s + cost.collect_s + cost.update_s for cost in costs]
         blocking = [
-            cost.blocking_forward.seconds + cost.blocking_backward.seconds + forward + backward
+            cost.blocking_forward.seconds + cost.blocking_backward.seconds + forward + sum(backward[:2])
             for cost, forward, backward in zip(costs, self._in_forward, self._in_backward, strict=True)
         ]
         exposed_s = max(step_s - sum(compute), 0.0)
         exposed_sync_s = max(exposed_s - sum(blocking), 0.0)
         layers = tuple(
             LayerTimes(
-                compute_s, transfer_s, sync,
-                transfer_s + (exposed_sync_s * sync / total_sync_s if total_sync_s else 0.0),
+                compute_s, waited_s, 0.0 if halo is None else halo.whole_s,
+                0.0 if halo is None else halo.forward_s + halo.backward_s, halo is not None and halo.is_overlapped,
+                sync,
+                waited_s + (exposed_sync_s * sync / total_sync_s if total_sync_s else 0.0),
             )
-            for compute_s, transfer_s, sync in zip(compute, blocking, sync_s, strict=True)
+            for compute_s, waited_s, halo, sync in zip(compute, blocking, self._halos, sync_s, strict=True)
         )  # fmt: skip
         sent = sum(self._in_bytes) + sum(
             c.blocking_forward.num_bytes + c.blocking_backward.num_bytes
@@ -245,7 +321,7 @@ class _Simulation:
             source_s={s: sum(c.forward_s + c.backward_s for c in costs if c.source is s) for s in Source},
             communication_bytes=sent,
             memory_bytes=sum(c.memory.resident for c in costs) + max(c.memory.transient for c in costs),
-            memory=step_memory(self._names, [c.memory for c in costs]),
+            memory=step_memory(self._names, self._memories()),
             layers=layers,
             events=self._streams.events(),
         )

@@ -4,12 +4,13 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.cost.edges import EdgePricer
+from planner.cost.halo import NO_HALOS, Halos, may_have_halo, with_halos
 from planner.cost.model import CostModel, LayerCost, Seconds
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout
@@ -25,15 +26,17 @@ class EdgeCost:
     """An edge under every pair of splits, float64[splits of producer, splits of consumer] each.
 
     Attributes:
-        forward_s, backward_s: blocking transfer in either direction.
+        forward_s, backward_s: what a step waits for in either direction.
         num_bytes: sent by the busiest rank, both directions.
         backward_levels: int64, levels of the machine that the transfer backward uses (``StepPricer.levels``).
+        halos: of the pairs whose transfer is a halo exchange, what is hidden of it.
     """
 
     forward_s: Seconds
     backward_s: Seconds
     num_bytes: Seconds
     backward_levels: NDArray[np.int64]
+    halos: Halos = field(default_factory=lambda: NO_HALOS)
 
 
 @dataclass(frozen=True)
@@ -151,16 +154,21 @@ def _edge_cost(pricer: EdgePricer, model: CostModel, space: SearchSpace, edge: t
     item_bytes = model.settings.activation_dtype(producer.output.dtype).item_bytes
     full = np.ix_(have_index, need_index)
     forward = pricer.price(have, need, item_bytes)
-    if not model.flows[producer.id]:
+    if model.flows[producer.id]:
+        backward = pricer.price([x.gradient for x in need], [x.gradient for x in have], item_bytes)
+        found = EdgeCost(
+            forward.seconds[full],
+            backward.seconds.T[full],
+            (forward.num_bytes + backward.num_bytes.T)[full],
+            backward.levels.T[full],
+        )
+    else:
         nothing = np.zeros((len(have_index), len(need_index)))
-        return EdgeCost(forward.seconds[full], nothing, forward.num_bytes[full], nothing.astype(np.int64))
-    backward = pricer.price([x.gradient for x in need], [x.gradient for x in have], item_bytes)
-    return EdgeCost(
-        forward.seconds[full],
-        backward.seconds.T[full],
-        (forward.num_bytes + backward.num_bytes.T)[full],
-        backward.levels.T[full],
-    )
+        found = EdgeCost(forward.seconds[full], nothing, forward.num_bytes[full], nothing.astype(np.int64))
+    if not may_have_halo(consumer, position):
+        return found
+    splits = space.splits[producer.id], space.splits[consumer.id]
+    return with_halos(model, splits, (producer, consumer), found)
 
 
 def _unique(layouts: list[Layout]) -> tuple[list[Layout], NDArray[np.int64]]:

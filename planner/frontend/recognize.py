@@ -128,7 +128,8 @@ def _has_plain_weight(module: nn.Module) -> bool:
 def _by_class_name(call: Call) -> ops.Op | None:
     module, name = call.module, call.name
     if name in _MODULE_LOSSES:
-        return _loss(_MODULE_LOSSES[name], getattr(module, "reduction", None), getattr(module, "weight", None))
+        factors = getattr(module, "pos_weight", None)
+        return _loss(_MODULE_LOSSES[name], getattr(module, "reduction", None), getattr(module, "weight", None), factors)
     if name == "StochasticDepth":
         unit: Literal["sample", "batch"] = "sample" if getattr(module, "mode", "row") == "row" else "batch"
         return ops.Dropout(float(getattr(module, "p", 0.0)), unit)
@@ -322,12 +323,32 @@ def _classifier(call: Call) -> ops.Op | None:
         (dim,) = call.arguments(dim=None)
         return None if dim is None else ops.Softmax(int(dim) % len(call.shape), call.name == "log_softmax")
     if call.name in _LOSSES:
-        return _loss(call.name, call.node.kwargs.get("reduction", "mean"), call.node.kwargs.get("weight"))
+        return _functional_loss(call)
     return None
 
 
-def _loss(function: str, reduction: Any, weight: Any) -> ops.Op | None:
-    return None if weight is not None or reduction not in {"mean", "sum"} else ops.Loss(function, reduction)
+def _functional_loss(call: Call) -> ops.Op | None:
+    """Return the loss of a call; None where an argument is given by its position, which differs between losses."""
+    if any(not isinstance(a, fx.Node) for a in call.node.args) or len(call.node.args) > 2:
+        return None
+    given = call.node.kwargs
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    return _loss(call.name, given.get("reduction", "mean"), given.get("weight"), given.get("pos_weight"))
+
+
+def _loss(function: str, reduction: Any, weight: Any, of_classes: Any = None) -> ops.Op | None:
+    """Return a loss; None where its mean counts elements by a weight.
+
+    Args:
+        function: its name.
+        reduction: as of torch's losses.
+        weight: of classes or elements.
+        of_classes: factors of single channels or positions, which do not count in the mean.
+    """
+    if weight is not None or reduction not in {"mean", "sum"}:
+        return None
+    return ops.Loss(function, reduction, of_classes is not None)
 
 
 def _window(module: Any) -> tuple[Any, Any, Any]:

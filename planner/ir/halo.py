@@ -15,6 +15,7 @@ class Window:
     Attributes:
         out_size: size of the output dimension, of which ranks hold pieces.
         kernel, stride, padding, dilation: as in ``torch.nn.Conv1d``; ``padding`` is the one before.
+        mode: what lies outside the tensor, as ``padding_mode`` of ``torch.nn.Conv1d``.
     """
 
     out_size: int
@@ -22,6 +23,7 @@ class Window:
     stride: int = 1
     padding: int = 0
     dilation: int = 1
+    mode: str = "zeros"
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
         """Return the positions that outputs ``[start, stop)`` read; what lies outside the tensor is padding.
@@ -34,7 +36,21 @@ class Window:
     def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
         """Return the input positions that outputs ``[start, stop)`` read, cut to the tensor."""
         first, last = self.reach(start, stop)
-        return min(max(first, 0), in_size), max(min(last, in_size), 0)
+        if self.mode == "zeros" or stop <= start or (first >= 0 and last <= in_size):
+            return min(max(first, 0), in_size), max(min(last, in_size), 0)
+        read = [self.position(p, in_size) for p in range(first, last)]
+        return min(read), max(read) + 1
+
+    def position(self, place: int, in_size: int) -> int:
+        """Return which position of the tensor stands at a place, which may lie outside, where padding is no zeros."""
+        match self.mode:
+            case "reflect":
+                place = abs(place)
+                return min(place, 2 * (in_size - 1) - place)
+            case "circular":
+                return place % in_size
+            case _:
+                return min(max(place, 0), in_size - 1)
 
 
 @dataclass(frozen=True, slots=True)

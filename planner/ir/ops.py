@@ -250,11 +250,18 @@ class Softmax:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss inside the model; a mean or a sum over the samples, as a scalar."""
+    """A loss inside the model; a mean or a sum over all that its tensors hold, as a scalar."""
 
     kind: ClassVar[str] = "loss"
     function: str
     reduction: Literal["mean", "sum"]
+    whole_samples: bool = False
+    """It reads a constant that belongs to channels or positions (``pos_weight``), so that only samples can be split."""
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether dimension 1 of the first tensor holds classes, and targets that are ignored do not count."""
+        return self.function in {"cross_entropy", "nll_loss"}
 
 
 Op = (

@@ -113,8 +113,8 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
             )  # fmt: skip
         case BatchNorm() | Elementwise() | Dropout() | Input() | Output():
             return _pointwise(inputs, output)
-        case GroupNorm():
-            return _pointwise(inputs, output, set(range(2, len(output.shape))))
+        case GroupNorm():  # statistics are sums over the ranks that hold parts of space
+            return _pointwise(inputs, output, {d for d in range(2, len(output.shape)) if not _is_space(output, d)})
         case Redistribute():
             return _redistribute(inputs, output)
         case Concat(dim=dim) | Softmax(dim=dim):
@@ -125,10 +125,8 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
             return _of_dims(inputs, output, dict(enumerate(order)))
         case Reshape(groups=groups):
             return _reshape(groups, inputs, output)
-        case Reduce(dims=dims, keepdim=keepdim):
-            rank = len(inputs[0].shape)
-            kept = [d for d in range(rank) if keepdim or d not in dims]
-            return _of_dims(inputs, output, {o: d for o, d in enumerate(kept) if d not in dims})
+        case Reduce():
+            return _reduce(op, inputs, output)
         case PerSample():
             return Rule(_by_sample(inputs, output))
         case Custom(dimensions=dimensions):
@@ -136,7 +134,7 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
             named = {d: e for d, e in plain.effects.items() if d in dimensions}
             return Rule({**_by_sample(inputs, output), **named})
         case Loss():
-            return Rule(_by_sample(inputs, output, Whole.PARTIAL))
+            return _loss(op, inputs, output)
 
 
 def effects(op: Op, inputs: Specs, output: TensorSpec) -> Mapping[Dimension, Effect]:
@@ -224,12 +222,10 @@ def _product(op: Conv | ConvTranspose | Linear, inputs: Specs, output: TensorSpe
         found[Dimension.IN_CHANNEL_SCATTER] = Effect((own,), Whole.PARTIAL)
     if isinstance(op, Linear):
         return Rule(found)
-    if isinstance(op, Conv) and op.padding_mode != "zeros":
-        return Rule({d: e for d, e in found.items() if d not in _OWN_SPACE})
-    windows = []
+    windows: list[AnyWindow] = []
     for k, size in enumerate(output.shape[2:]):
-        kind = Window if isinstance(op, Conv) else TransposedWindow
-        windows.append(kind(size, op.kernel[k], op.stride[k], op.padding[k], op.dilation[k]))
+        shape = size, op.kernel[k], op.stride[k], op.padding[k], op.dilation[k]
+        windows.append(Window(*shape, op.padding_mode) if isinstance(op, Conv) else TransposedWindow(*shape))
     return _windowed(Rule(found), inputs, output, windows)
 
 
@@ -262,6 +258,39 @@ def _adaptive(op: AdaptivePool, inputs: Specs, output: TensorSpec) -> Rule:
             if role in _OWN_SPACE and inputs[0].shape[dim] > 1:
                 found[role] = Effect((dim,), Whole.PARTIAL)
     return Rule(found)
+
+
+def _reduce(op: Reduce, inputs: Specs, output: TensorSpec) -> Rule:
+    """Return the rule of a reduction; a mean or sum over space is a sum of the pieces' shares."""
+    (source,) = inputs
+    kept = [d for d in range(len(source.shape)) if op.keepdim or d not in op.dims]
+    found = dict(_of_dims(inputs, output, {o: d for o, d in enumerate(kept) if d not in op.dims}).effects)
+    if op.function in {"mean", "sum"} and source.sample_dim not in op.dims and source.dtype == output.dtype:
+        for dim in op.dims:
+            role = source.roles[dim]
+            if role is not None and role in _OWN_SPACE:
+                found[role] = Effect((dim,), Whole.PARTIAL)
+    return Rule(found)
+
+
+def _loss(op: Loss, inputs: Specs, output: TensorSpec) -> Rule:
+    """Return the rule of a loss: a sum of the pieces' shares, by samples, by space, and by channels but for classes."""
+    first = inputs[0]
+    found = _by_sample(inputs, output, Whole.PARTIAL)
+    if Dimension.SAMPLE not in found or op.whole_samples:
+        return Rule(found)
+    cuts: dict[tuple[int, int], Cut] = {}
+    for dim, role in enumerate(first.roles):
+        if role is None or role not in {*_OWN_SPACE, Dimension.OUT_CHANNEL} or (op.of_classes and dim == 1):
+            continue
+        without = 1 if op.of_classes and dim > 1 else 0  # targets that are numbers of classes lack that dimension
+        places = [dim if spec.shape == first.shape else dim - without for spec in inputs]
+        whole = {first.shape, (*first.shape[:1], *first.shape[2:])} if op.of_classes else {first.shape}
+        if all(spec.shape in whole for spec in inputs):
+            found[role] = Effect(tuple(places), Whole.PARTIAL)
+            cut = CHUNK if role is Dimension.OUT_CHANNEL else BALANCED
+            cuts |= dict.fromkeys(enumerate(places), cut)  # roles of the targets do not matter
+    return Rule(found, cuts)
 
 
 def _interpolation_windows(op: Interpolate, source: TensorSpec, output: TensorSpec) -> list[AnyWindow | None]:
@@ -525,6 +554,15 @@ def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """Return the mesh axes over which batch norm statistics are sums: those that cut samples or space."""
     channel = output.dim_of(Dimension.OUT_CHANNEL)
     return tuple(i for i, p in enumerate(layout.placements) if isinstance(p, int) and p != channel)
+
+
+def spatial_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
+    """Return the mesh axes over which group norm statistics are sums: those that cut space."""
+    return tuple(i for i, p in enumerate(layout.placements) if isinstance(p, int) and _is_space(output, p))
+
+
+def _is_space(spec: TensorSpec, dim: int) -> bool:
+    return spec.roles[dim] in _OWN_SPACE
 
 
 def is_legal(layer: Layer, graph: LayerGraph, mesh: Mesh, split: Split) -> bool:

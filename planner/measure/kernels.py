@@ -213,8 +213,10 @@ def _conv(op: ir.Conv, key: PieceKey, weight: torch.Tensor, bias: torch.Tensor |
     spans = [d * (k - 1) + 1 for k, d in zip(op.kernel, op.dilation, strict=True)]
     margins, own = _margins(op.padding, op.padding_after or op.padding, spans, op.stride, key)
     mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
-    if mode != "constant" and own != (0,) * len(own):
-        margins, own = tuple((p, p) for p in own), (0,) * len(own)
+    if mode != "constant":  # a piece repeats rows that it has, wherever they are: as much work as zeros
+        mode = "constant" if any(any(pair) for pair in margins) else mode
+        margins = tuple((a + p, b + p) for (a, b), p in zip(margins, own, strict=True))
+        own = (0,) * len(own)
     widths = [width for pair in reversed(margins) for width in pair]
     if not any(widths):
         return lambda xs: convolve(xs[0], weight, bias, op.stride, own, op.dilation, op.groups)

@@ -11,11 +11,13 @@ from torch import nn
 
 from planner.errors import UnknownNameError
 from planner.models.alexnet import HYPAR, ONE_WEIRD_TRICK, alexnet
+from planner.models.cosmoflow import cosmoflow
 from planner.models.digits import digits_alexnet, digits_cnn
 from planner.models.hypar import cifar_c, lenet_c, sconv, sfc
 from planner.models.lenet import lenet5
 from planner.models.resnet import BasicBlock, Bottleneck, cifar_resnet, imagenet_resnet
 from planner.models.unet import unet
+from planner.models.unet3d import unet3d
 from planner.models.vgg import vgg
 
 __all__ = ["ENTRIES", "ModelEntry", "entry"]
@@ -48,9 +50,13 @@ _MNIST_AS_IT_IS: Final = (1, 28, 28)
 _DIGITS: Final = (1, 8, 8)
 _MICROSCOPY: Final = (1, 512, 512)  # the ISBI cell images
 
+_UNIVERSE: Final = (4, 128, 128, 128)  # of dark matter, at four redshifts
+_LIVER: Final = (1, 128, 128, 128)  # computed tomography
+
 _OWT14: Final = "Krizhevsky 2014, arXiv:1404.5997"
 _HYPAR19: Final = "Song et al. 2019, HPCA, arXiv:1901.02067"
 _LENET98: Final = "LeCun et al. 1998, Proc. IEEE 86(11)"
+_OYAMA20: Final = "Oyama et al. 2021, IEEE TPDS 32(7), arXiv:2007.12856"
 _RESNET16: Final = "He et al. 2016, CVPR, arXiv:1512.03385"
 _UNET15: Final = "Ronneberger et al. 2015, MICCAI, arXiv:1505.04597"
 _VGG15: Final = "Simonyan and Zisserman 2015, ICLR, arXiv:1409.1556"
@@ -69,6 +75,7 @@ def _entries() -> Iterator[ModelEntry]:
     yield ModelEntry("alexnet-hypar", alexnet_hypar, _IMAGENET, "alexnet", _HYPAR19)
     yield ModelEntry("alexnet-owt", alexnet_owt, _IMAGENET, "alexnet", _OWT14)
     yield ModelEntry("cifar-c", cifar_c, _CIFAR, "hypar", _HYPAR19)
+    yield ModelEntry("cosmoflow", cosmoflow, _UNIVERSE, "cosmoflow", _OYAMA20)
     yield ModelEntry("digits-alexnet", digits_alexnet, _DIGITS, "digits", _OURS)
     yield ModelEntry("digits-cnn", digits_cnn, _DIGITS, "digits", _OURS)
     yield ModelEntry("lenet-c", lenet_c, _MNIST_AS_IT_IS, "hypar", _HYPAR19)
@@ -81,6 +88,7 @@ def _entries() -> Iterator[ModelEntry]:
         build = partial(cifar_resnet, depth)
         yield ModelEntry(f"resnet{depth}", build, _CIFAR, "resnet", _RESNET16)
     yield ModelEntry("unet", unet, _MICROSCOPY, "unet", f"{_UNET15}, padded and with batch norm")
+    yield ModelEntry("unet3d", unet3d, _LIVER, "unet3d", _OYAMA20)
     for letter, name in _VGG_NAMES.items():
         yield ModelEntry(f"vgg-{letter}", partial(vgg, letter), _IMAGENET, "vgg", _VGG15)
         yield ModelEntry(name, partial(vgg, letter), _IMAGENET, "vgg", _VGG15)

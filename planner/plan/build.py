@@ -75,8 +75,9 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
     layers = [
         LayerPart(
             id=layer.id, op=describe(layer.op), split=dict(strategy[layer.id].axes),
+            overlap=t.overlaps_halo,
             cost=CostPart(
-                compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=0.0, sync_s=t.sync_s, exposed_s=t.exposed_s
+                compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=t.halo_s, sync_s=t.sync_s, exposed_s=t.exposed_s
             ),
             memory_bytes=cost.memory.resident,
         )

@@ -4,6 +4,7 @@ Transfers, groups and local shapes follow from the splits (``planner.ir``), so t
 Sizes are in bytes, times in seconds per step.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -259,6 +260,16 @@ class Plan(StrictModel):
     def strategy(self) -> dict[LayerId, Split]:
         """The split of every layer."""
         return self.stages[0].strategy()
+
+    def with_overlap(self, layers: Collection[LayerId]) -> Self:
+        """Return this plan with halo exchanges overlapped in these layers and in no others."""
+        stages = [
+            stage.model_copy(update={
+                "layers": [layer.model_copy(update={"overlap": layer.id in layers}) for layer in stage.layers]
+            })
+            for stage in self.stages
+        ]  # fmt: skip
+        return self.model_copy(update={"stages": stages})
 
     @property
     def input_output(self) -> InputOutput:

@@ -105,6 +105,15 @@ class ProfileTable:
             found = self._known[asked] = self._find(local)
         return found
 
+    def estimate(self, local: LocalLayer) -> LayerTime:
+        """Return the time of a layer by the rooflines alone: comparable among pieces, measured or not."""
+        if self.fit is not None and local.has_kernel:
+            fitted = self.fit.seconds(local.piece, _flop(local))
+            if fitted is not None:
+                forward_s = fitted.pop(Phase.FORWARD)
+                return LayerTime(forward_s, sum(fitted.values()), Source.FITTED)
+        return self._by_roofline(local)
+
     def _number(self, layer: Layer) -> int:
         """Return a number that layers share whose pieces of equal shapes take equally long."""
         seen = self._layers_seen.get(id(layer))
@@ -121,12 +130,7 @@ class ProfileTable:
         measured = self._pieces.get(piece) or self._of_family(piece)
         if measured is not None:
             return LayerTime(measured.forward_s, measured.backward_s, Source.MEASURED)
-        if self.fit is not None and local.has_kernel:
-            fitted = self.fit.seconds(piece, _flop(local))
-            if fitted is not None:
-                forward_s = fitted.pop(Phase.FORWARD)
-                return LayerTime(forward_s, sum(fitted.values()), Source.FITTED)
-        return self._by_roofline(local)
+        return self.estimate(local)
 
     def _by_roofline(self, local: LocalLayer) -> LayerTime:
         forward_s, backward_s = self.roofline.seconds(local.op.kind, local.work(), local.dtype)

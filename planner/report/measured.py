@@ -65,7 +65,7 @@ def predicted_parts(ids: Sequence[str], costs: Sequence[LayerCost], timeline: Ti
     gathering_s, update_s = sum(c.collect_s for c in costs), sum(c.update_s for c in costs)
     rest_s = timeline.step_s - (forward_s + backward_s + gathering_s + update_s + timeline.blocking_s)
     layers = {
-        layer: LayerSeconds(cost.forward_s + cost.backward_s, times.transfer_s)
+        layer: LayerSeconds(cost.forward_s + cost.backward_s, times.waited_s)
         for layer, cost, times in zip(ids, costs, timeline.layers, strict=True)
     }
     return StepParts(forward_s, backward_s, timeline.blocking_s, gathering_s, rest_s, update_s, layers)

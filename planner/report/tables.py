@@ -130,7 +130,8 @@ def summary(plan: Plan) -> Table:
     """Return what a plan is for and what it promises."""
     totals, mesh = plan.totals, plan.mesh
     axes = " x ".join(f"{axis.name}={axis.size}" for axis in mesh.axes) or "one device"
-    samples = "each rank its own samples" if plan.io == "per-rank" else "every rank the whole batch"
+    passed = {"per-rank": "each rank its own samples", "global": "every rank the whole batch"}
+    samples = passed.get(plan.io, "each rank its region of samples and space")
     limit = plan.search.memory_limit_bytes
     norm = "" if plan.sync_batch_norm else ", batch norm of each rank's own samples"
     sharding = plan.stages[0].parameter_sharding

@@ -206,7 +206,7 @@ def _linear_part(search: Search, timeline: Timeline) -> list[tuple[LayerCost, La
 
 def _linear_part_s(search: Search, timeline: Timeline) -> list[float]:
     """Return the seconds of each of them but for the update: compute and transfers."""
-    return [c.forward_s + c.backward_s + t.transfer_s for c, t in _linear_part(search, timeline)]
+    return [c.forward_s + c.backward_s + t.waited_s for c, t in _linear_part(search, timeline)]
 
 
 def _turns_s(num_devices: int) -> tuple[float, float]:

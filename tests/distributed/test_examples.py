@@ -3,12 +3,14 @@
 import csv
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from planner.frontend import zoo
 from planner.plan import Plan
@@ -59,12 +61,15 @@ def test_the_training_script_learns_the_digits_under_a_plan_made_for_it(folder: 
     plan_it, train_it = commands_of("examples/train.py")
     run(plan_it, folder)
     assert Plan.load(folder / "plan.json").mesh.size == 2
-    printed = run(train_it, folder)
+    kept = [*train_it, "--checkpoint", "digits"]
+    printed = run([*kept, "--epochs", "2"], folder) + run([*kept, "--export", "digits.pt"], folder)
     epochs = re.findall(r"^epoch (\d): loss ([\d.]+), test accuracy ([\d.]+)%$", printed, re.MULTILINE)
     assert [int(epoch) for epoch, _, _ in epochs] == [1, 2, 3, 4, 5]
     losses, accuracies = zip(*((float(loss), float(share)) for _, loss, share in epochs), strict=True)
     assert losses[-1] < losses[0] / 5
     assert accuracies[-1] > 95
+    build_model = runpy.run_path(str(ROOT / "examples/train.py"))["build_model"]
+    build_model().load_state_dict(torch.load(folder / "digits.pt", weights_only=True))
 
 
 def test_a_plan_made_in_python_says_what_the_saved_file_says(folder: Path) -> None:

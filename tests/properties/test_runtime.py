@@ -6,6 +6,7 @@ A failing case is shrunk to the operators, sizes and splits that matter, and pri
 
 import os
 import warnings
+from typing import Literal
 
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from support.random_plans import on_threads, planner_for, random_plan, reference
 
 EXAMPLES = 600 if os.environ.get("LAYERWISE_FULL") else 50
 
+IO: tuple[Literal["global"] | None, ...] = (None, None, "global")
 NAMES = (*BLOCKS, "conv", "conv", "batch_norm", "activation", "pool", "save", "join", "join")
 SPACES = st.sampled_from([14, 9, 9, 5]).flatmap(
     lambda high: st.tuples(*[st.integers(3, high)] * {14: 1, 9: 2, 5: 3}[high])
@@ -39,7 +41,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 @given(data=st.data(), recipe=recipes())
 def test_random_networks_under_random_plans_equal_one_device(data: st.DataObject, recipe: Recipe) -> None:
     num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
-    io = data.draw(st.sampled_from([None, None, "global"]))
+    io = data.draw(st.sampled_from(IO))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # padding="same" of even kernels is slow, torch says
         expected = reference(recipe)

@@ -18,10 +18,11 @@ from planner.models.lenet import lenet5
 from planner.models.resnet import cifar_resnet
 from planner.models.vgg import vgg
 from planner.plan import Plan
+from runtime.data import own_samples
 from runtime.launch import Process
-from runtime.parallel import ParallelModule, parallelize, trace_for
+from runtime.module import ParallelModule
+from runtime.parallel import parallelize, trace_for
 from runtime.threads import run_ranks as run_ranks
-from runtime.training import own_samples
 
 torch.set_num_threads(1)  # the ranks are the threads; small tensors gain nothing from more
 
@@ -123,7 +124,7 @@ def train_rank(net: ParallelModule, name: str, rank: int) -> list[float]:
 def own_parts(plan: Plan, traced: TracedModel, position: int) -> dict[str, tuple[slice, ...]]:
     """Return which part of every parameter and buffer a rank holds."""
     graph = traced.layers
-    found = {}
+    found: dict[str, tuple[slice, ...]] = {}
     for layer in graph.layers:
         mine = layouts(layer, graph.inputs_of(layer), plan.mesh, plan.strategy[layer.id])
         for parameter, layout in zip(layer.params, mine.params, strict=True):

@@ -1,4 +1,4 @@
-"""A small network with everything that training loops meet, its plans, and a rank's tensors against one device's."""
+"""A small network with what training loops meet, its plans, and a rank's tensors against one device's."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ CLASSES = 5
 
 
 class Net(nn.Module):
-    """Convolutions (one grouped), batch norm, a skip connection, linear layers; odd sizes, so that pieces are uneven."""
+    """Convolutions (one grouped), batch norm, a skip connection, linear layers; odd sizes give uneven pieces."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def layer(name: str, op: str, dimension: str, compute_s: float) -> Json:
     """Return a layer of ``document``."""
     figures = ("compute_s", "transfer_s", "halo_s", "sync_s", "exposed_s")
     cost = dict.fromkeys(figures, 0.0) | {"compute_s": compute_s}
-    return {"id": name, "op": op, "split": {"gpu": dimension}, "cost": cost, "memory_bytes": 2**20}
+    return {"id": name, "op": op, "split": {"gpu": dimension}, "overlap": False, "cost": cost, "memory_bytes": 2**20}
 
 
 def plan_of(found: Json) -> Plan:

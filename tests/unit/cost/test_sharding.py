@@ -92,7 +92,8 @@ def test_bytes_of_a_layer_with_adam_on_four_ranks(
     assert (memory.updated, memory.gathered, memory.other_gathered) == (updated, gathered, gathered)
     assert memory.reduced == (0 if sharding is FULL else WEIGHT + BIAS)
     assert cost.sync == {(0,): WEIGHT + BIAS}
-    assert cost.update_s == pytest.approx(updated * 7 / (0.7 * 1e12))  # p twice, g once, two states twice
+    copied = 2 * (WEIGHT + BIAS) if sharding is OPTIMIZER else 0  # out of the message with what others updated
+    assert cost.update_s == pytest.approx((updated * 7 + copied) / (0.7 * 1e12))  # p twice, g once, two states twice
     plain = table(NONE).layers[1][data(priced)[1]].memory
     assert memory.transient == plain.transient + (4 * gathered - (WEIGHT + BIAS) if sharding is FULL else 0)
 
@@ -169,7 +170,41 @@ def test_the_step_of_a_sharded_optimizer_by_hand() -> None:
     assert timeline.sync_s == pytest.approx(2 * gather_s)
     updates = [sum(c.update_s for c in (layer[i] for layer, i in zip(t.layers, data(t), strict=True)))
                for t in (priced, plain)]  # fmt: skip
-    assert updates[0] == pytest.approx(updates[1] * (WEIGHT // 4 + 64) / (WEIGHT + BIAS))
+    assert updates[0] == pytest.approx(updates[1] * ((WEIGHT // 4 + 64) / (WEIGHT + BIAS) + 2 / 7))
+    layer_s = all_gather_s(priced.model.pricer.router, (0,), WEIGHT + BIAS)
+    by_layer = [e for e in simulate(priced, data(priced), 1).events if e.name == "gather parameters"]
+    assert [e.stop_s - e.start_s for e in by_layer] == pytest.approx([layer_s] * 4)
+
+
+def test_a_parameter_of_fewer_rows_than_ranks_is_held_and_reduced_whole() -> None:
+    """63 rows on 4 ranks are 16 at most, whatever a row has; 3 rows are not cut."""
+    few = TensorSpec((3, 64))
+
+    def with_few(sharding: ParameterSharding) -> CostTable:
+        priced = table(sharding)
+        layers = list(priced.space.graph.layers)
+        layers[1] = replace(layers[1], params=(*layers[1].params, Parameter("few", few, 0, None, role="weight")))
+        made = LayerGraph("chain", tuple(layers), 16)
+        model = CostModel.of(made, priced.model.machine, priced.model.mesh, priced.model.profile, priced.model.settings)
+        return CostTable.of(
+            enumerate_splits(made, model.mesh, InputOutput.PER_RANK, frozenset({Dimension.SAMPLE})), model
+        )  # fmt: skip
+
+    few_bytes = 3 * 64 * 4
+    for sharding in ParameterSharding:
+        before, after = (t.layers[1][data(t)[1]] for t in (table(sharding), with_few(sharding)))
+        assert after.memory.parameters - before.memory.parameters == few_bytes
+        assert after.memory.state - before.memory.state == 2 * few_bytes
+        assert after.memory.reduced - before.memory.reduced == few_bytes
+        assert after.memory.gathered == before.memory.gathered
+        is_cut = sharding is not NONE
+        assert after.whole == ({(0,): few_bytes} if is_cut else {})
+        assert after.sync == {(0,): WEIGHT + BIAS + (0 if is_cut else few_bytes)}
+    priced = with_few(FULL)
+    plain, found = simulate(table(FULL), data(table(FULL)), HUGE), simulate(priced, data(priced), HUGE)
+    reduce = priced.model.pricer.all_reduce((0,), few_bytes)
+    assert found.sync_s - plain.sync_s == pytest.approx(reduce.seconds)
+    assert found.communication_bytes - plain.communication_bytes == reduce.num_bytes
 
 
 @pytest.mark.parametrize("sharding", [OPTIMIZER, FULL])

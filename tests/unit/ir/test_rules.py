@@ -16,8 +16,9 @@ from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.layout import Whole
 from planner.ir.mesh import Mesh
-from planner.ir.rules import InputOutput, layouts, legal_splits, reduced_axes
-from planner.ir.split import Split
+from planner.ir.rules import InputOutput, layouts, legal_splits, partition, reduced_axes
+from planner.ir.split import LayerId, Split
+from planner.ir.tensor import DType, TensorSpec
 
 
 class Of(nn.Module):
@@ -61,7 +62,15 @@ CASES: dict[str, tuple[nn.Module | Callable[..., torch.Tensor], *tuple[tuple[int
     "concat of columns": (lambda x, y: torch.cat((x, y), -1), IMAGE, (6, 8, 5, 2)),
     "rows of a slice": (lambda x: x[:, :, 1:], IMAGE),
     "matrix product": (torch.matmul, IMAGE, (6, 8, 4, 3)),
+    "sum over rows": (lambda x: x.sum(2), IMAGE),
+    "deviation over rows": (lambda x: x.std(2), IMAGE),
     "loss": (functional.mse_loss, (6, 5), (6, 5)),
+    "loss of images": (functional.l1_loss, IMAGE, IMAGE),
+    "loss with factors of channels": (
+        lambda x, y: functional.binary_cross_entropy_with_logits(x, y, pos_weight=torch.ones(8, 1, 1)),
+        IMAGE,
+        IMAGE,
+    ),
 }
 
 
@@ -89,14 +98,14 @@ def legal(name: str, mesh: Mesh) -> set[tuple[Dimension, ...]]:
         ("conv1d", {SAMPLE, OUT, IN, SCATTER, LENGTH}),
         ("conv2d", {SAMPLE, OUT, IN, SCATTER, HEIGHT, WIDTH}),
         ("conv3d", {SAMPLE, OUT, IN, SCATTER, DEPTH, HEIGHT, WIDTH}),
-        ("reflecting conv", {SAMPLE, OUT, IN, SCATTER}),
+        ("reflecting conv", {SAMPLE, OUT, IN, SCATTER, HEIGHT, WIDTH}),
         ("grouped conv", {SAMPLE, OUT, HEIGHT, WIDTH}),
         ("depthwise conv", {SAMPLE, OUT, HEIGHT, WIDTH}),
         ("transposed conv", {SAMPLE, OUT, IN, SCATTER, HEIGHT, WIDTH}),
         ("linear", {SAMPLE, OUT, IN, SCATTER}),
         ("linear over columns", {SAMPLE, OUT, IN, SCATTER, HEIGHT}),
         ("batch norm", {SAMPLE, OUT, HEIGHT, WIDTH}),
-        ("group norm", {SAMPLE, OUT}),
+        ("group norm", {SAMPLE, OUT, HEIGHT, WIDTH}),
         ("max pool", {SAMPLE, OUT, HEIGHT, WIDTH}),
         ("adaptive pool", {SAMPLE, OUT, HEIGHT, WIDTH}),
         ("mean over space", {SAMPLE, OUT, HEIGHT, WIDTH}),
@@ -113,11 +122,25 @@ def legal(name: str, mesh: Mesh) -> set[tuple[Dimension, ...]]:
         ("concat of columns", {SAMPLE, OUT, HEIGHT}),
         ("rows of a slice", {SAMPLE, OUT, WIDTH}),
         ("matrix product", {SAMPLE}),
-        ("loss", {SAMPLE}),
+        ("sum over rows", {SAMPLE, OUT, HEIGHT, WIDTH}),
+        ("deviation over rows", {SAMPLE, OUT, WIDTH}),
+        ("loss", {SAMPLE, OUT}),
+        ("loss of images", {SAMPLE, OUT, HEIGHT, WIDTH}),
+        ("loss with factors of channels", {SAMPLE}),
     ],
 )
 def test_the_dimensions_of_an_operator(name: str, dimensions: set[Dimension]) -> None:
     assert legal(name, Mesh.of(gpu=2)) == {(d,) for d in {*dimensions, REPLICATE}}
+
+
+def test_a_loss_of_classes_is_split_by_all_but_the_classes_and_its_targets_are_cut_alike() -> None:
+    x, target = TensorSpec((6, 8, 5, 4), DType.FLOAT32), TensorSpec((6, 5, 4), DType.INT64)
+    loss = Layer(LayerId("loss"), ops.Loss("cross_entropy", "mean"), (), TensorSpec((), DType.FLOAT32, ()))
+    found = partition(loss, (x, target), Mesh.of(gpu=2))
+    assert set(found.effects) == {SAMPLE, HEIGHT, WIDTH, REPLICATE}
+    mine = found.layouts(Split.of(found.mesh, (HEIGHT,)))
+    assert mine.computed.placements == (Whole.PARTIAL,)
+    assert [layout.pieces(dim) for layout, dim in zip(mine.inputs, (2, 1), strict=True)] == [((0, 2), (2, 5))] * 2
 
 
 def test_splits_that_leave_a_rank_empty_are_absent() -> None:

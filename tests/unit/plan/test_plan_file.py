@@ -197,3 +197,11 @@ def test_a_plan_cannot_be_changed() -> None:
     plan = plan_of(document())
     with pytest.raises(ValueError, match="frozen"):
         plan.batch = 9
+
+
+def test_what_is_overlapped_is_a_decision_and_absent_in_older_plans() -> None:
+    plan = Plan.from_json(edited(lambda d: [layer.pop("overlap") for layer in stage(d)["layers"]]))
+    assert not any(layer.overlap for layer in plan.stages[0].layers)
+    changed = Plan.from_json(plan.with_overlap({LayerId("fc1")}).to_json())
+    assert [layer.id for layer in changed.stages[0].layers if layer.overlap] == ["fc1"]
+    assert changed.digest != plan.digest == changed.with_overlap(set()).digest

@@ -1,126 +1,41 @@
 """Checkpoints: any plan to any other, against one device that trains without a break."""
 
 import copy
-import functools
-import json
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.nn import functional
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel
 
-from planner.api import Options, Origin, Planner, machine_of, prepare
 from planner.errors import MismatchError, RunError, UsageError
 from planner.frontend.lower import TracedModel
 from planner.ir.region import Region
 from planner.plan import Plan
 from runtime import checkpoint, storage
+from runtime.data import own_samples
 from runtime.generators import generators, restore_generators
 from runtime.module import ParallelModule
-from runtime.optimizers import State
-from runtime.training import own_samples
 from runtime.whole import Part
+from support.checkpoints import (
+    OPTIMIZERS,
+    TOLERANCE,
+    Make,
+    any_plan,
+    assert_equal,
+    build,
+    difference,
+    groups,
+    train,
+)
 from support.equality import run_ranks
-from support.random_plans import random_plan
-
-BATCH = 8
-CLASSES = 10
-TOLERANCE = 1e-9
-STEPS = 3
-
-Make = Callable[[Any], torch.optim.Optimizer]
-
-
-class Odd(nn.Module):
-    """Tied layers, a frozen one, one that forward does not use, uneven channels, buffers of all kinds."""
-
-    mean: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, dropout: float = 0.0, hidden: int = 10) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, hidden, 3, padding=1)
-        self.norm = nn.BatchNorm2d(hidden)
-        self.second = nn.Conv2d(hidden, hidden, 3, padding=1, groups=2)
-        self.again = nn.Conv2d(hidden, hidden, 3, padding=1, groups=2)
-        self.again.weight = self.second.weight
-        self.unused = nn.Linear(3, 5)
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(hidden * 4, CLASSES)
-        self.first.bias.requires_grad_(False)  # type: ignore[union-attr]  # it has one
-        self.register_buffer("mean", torch.full((3, 1, 1), 0.1))
-        self.register_buffer("shift", torch.full((1,), 0.2), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = functional.relu(self.norm(self.first(x - self.mean + self.shift)))
-        x = functional.relu(self.again(functional.relu(self.second(x))))
-        x = functional.max_pool2d(self.drop(x), 4)
-        out: torch.Tensor = self.head(x.flatten(1))
-        return out
-
-
-def build(dropout: float = 0.0, seed: int = 0, hidden: int = 10) -> nn.Module:
-    torch.manual_seed(seed)
-    return Odd(dropout, hidden).double()
-
-
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, CLASSES, (BATCH,), generator=generator)
-
-
-@functools.cache
-def planner_for(num_ranks: int, dropout: float = 0.0) -> Planner:
-    machine = machine_of(devices=num_ranks)
-    return prepare(build(dropout), (data()[0],), machine, Options(all_devices=True), Origin("odd", "odd"))
-
-
-def any_plan(num_ranks: int, seed: int, sharding: str = "none", dropout: float = 0.0) -> Plan:
-    rng = np.random.default_rng(seed)
-    plan = random_plan(planner_for(num_ranks, dropout), lambda n: int(rng.integers(n)))
-    document = json.loads(plan.to_json())
-    document["stages"][0]["parameter_sharding"] = sharding
-    return Plan.from_json(json.dumps(document))
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, part: slice = slice(None), steps: int = STEPS) -> None:
-    x, target = data()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        functional.cross_entropy(net(x[part]), target[part]).backward()
-        optimizer.step()
-
-
-def groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Two groups with options of their own, in an order that is not the model's."""
-    named = dict(net.named_parameters())
-    biases = [p for name, p in named.items() if name.endswith("bias")]
-    rest = [p for name, p in named.items() if not name.endswith("bias")]
-    return [{"params": biases, "lr": 0.02, "weight_decay": 0.0}, {"params": rest[::-1]}]
-
-
-OPTIMIZERS: dict[str, Make] = {
-    "sgd": functools.partial(torch.optim.SGD, lr=0.01),
-    "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "adam": functools.partial(torch.optim.Adam, lr=0.01, weight_decay=0.01),
-    "amsgrad": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True, foreach=True),
-    "fused": functools.partial(torch.optim.AdamW, lr=0.01, fused=True),
-    "rmsprop": functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.9, centered=True),
-    "adagrad": functools.partial(torch.optim.Adagrad, lr=0.01),
-    "asgd": functools.partial(torch.optim.ASGD, lr=0.01),
-    "nadam": functools.partial(torch.optim.NAdam, lr=0.01),
-    "rprop": functools.partial(torch.optim.Rprop, lr=0.01),
-}
 
 
 def save_on_threads(plan: Plan, folder: Path, make: Make, dropout: float = 0.0, seed: int = 0) -> None:
@@ -135,31 +50,6 @@ def save_on_threads(plan: Plan, folder: Path, make: Make, dropout: float = 0.0, 
         return checkpoint._job(Part.of(net), optimizer, folder, 3, extra)
 
     storage.write_together(run_ranks(lambda: build(dropout, seed), plan, work))
-
-
-def assert_equal(
-    part: Part, optimizer: torch.optim.Optimizer, expected: nn.Module, theirs: torch.optim.Optimizer
-) -> None:
-    """Compare a rank's weights, buffers and state of the optimizer with those of one device."""
-    whole = expected.state_dict(keep_vars=True)
-    for name, tensor in part.tensors.items():
-        place = part.held[name]
-        region = place.region.slices_in(Region((0,) * len(place.shape), place.shape))
-        assert difference(tensor, whole[name][region]) < TOLERANCE, name
-        state, other = optimizer.state.get(tensor, {}), theirs.state.get(whole[name], {})
-        assert state.keys() == other.keys(), name
-        for key, value in state.items():
-            reference = other[key]
-            if isinstance(value, torch.Tensor):
-                cut = reference[region] if reference.shape == whole[name].shape else reference
-                assert difference(value, cut) < TOLERANCE, (name, key)
-            else:
-                assert value == reference
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a.detach().double() - b.detach().double()).abs().max()) if a.numel() else 0.0
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(OPTIMIZERS)))
@@ -191,7 +81,7 @@ def test_six_steps_are_three_and_three_under_another_plan(number: int, name: str
 
 
 def test_a_run_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    plan, folder, make = any_plan(2, 3, dropout=0.5), tmp_path / "checkpoint", OPTIMIZERS["adam"]
+    plan, folder, make = any_plan(2, 3, dropout=0.5), tmp_path / "checkpoint", OPTIMIZERS["amsgrad"]
     save_on_threads(plan, folder, make, dropout=0.5)
 
     def work(net: ParallelModule, _: TracedModel, position: int) -> dict[str, torch.Tensor]:
@@ -220,11 +110,14 @@ def test_full_states_are_those_of_one_device(sharding: str, tmp_path: Path) -> N
     theirs = make(groups(reference))
     train(reference, theirs)
 
-    def work(net: ParallelModule, _: TracedModel, position: int) -> tuple[dict[str, Any], State]:
+    def work(net: ParallelModule, _: TracedModel, position: int) -> tuple[dict[str, Any], dict[str, Any]]:
         optimizer = make(groups(net))
         train(net, optimizer, own_samples(plan, position))
         checkpoint.export(net, file)
-        everywhere = checkpoint.full_state_dict(net, everywhere=True)
+        averaged = AveragedModel(net)
+        with pytest.raises(UsageError, match="'module' of this AveragedModel"):
+            checkpoint.full_state_dict(averaged)
+        everywhere = checkpoint.full_state_dict(averaged.module, everywhere=True)
         assert (checkpoint.full_state_dict(net) == {}) is (position > 0)
         state = checkpoint.full_optimizer_state_dict(net, optimizer, everywhere=True)
         pieces = copy.deepcopy(net.state_dict())
@@ -273,7 +166,7 @@ def test_a_plain_module_saves_and_loads_and_torch_reads_the_weights(tmp_path: Pa
     torchs = {"model": {name: torch.zeros_like(t) for name, t in before.state_dict().items() if name != "again.weight"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is used in a single process
-        dcp.load(torchs, checkpoint_id=tmp_path / "a")
+        state_dict_loader.load(torchs, checkpoint_id=tmp_path / "a")
     assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in torchs["model"].items())
 
 
@@ -387,7 +280,7 @@ class TestMismatch:
         return tmp_path / "a"
 
     def test_another_model_lists_all_differences_and_overwrites_nothing(self, folder: Path) -> None:
-        net = build(hidden=12)
+        net: nn.Module = build(hidden=12)
         net.unused = nn.Identity()
         net.extra = nn.Linear(2, 2)
         before = copy.deepcopy(net.state_dict())
@@ -401,7 +294,7 @@ class TestMismatch:
 
     def test_tied_weights_load_into_untied_ones(self, folder: Path) -> None:
         net, saved = build(seed=1), build()
-        net.again.weight = nn.Parameter(torch.zeros_like(net.again.weight))
+        net.again.weight = nn.Parameter(torch.zeros_like(net.second.weight))
         checkpoint.load(net, None, folder)
         assert torch.equal(net.again.weight, net.second.weight)
         assert not torch.equal(net.again.weight, saved.again.weight)  # it was trained

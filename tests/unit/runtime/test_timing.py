@@ -18,6 +18,7 @@ from planner.ir.transfer import steps
 from planner.plan import Plan
 from planner.plan.measured import Measured, read_measured
 from runtime.communicator import Axes, Pending, ThreadCommunicator, ThreadWorld
+from runtime.data import own_samples
 from runtime.parallel import ParallelModule
 from runtime.timing import (
     EXPOSED_SYNC,
@@ -33,7 +34,6 @@ from runtime.timing import (
     seconds_of,
     watched,
 )
-from runtime.training import own_samples
 from support.equality import build, data, planner_for, random_plan, run_ranks
 
 CPU = torch.device("cpu")
@@ -186,6 +186,39 @@ def test_spans_meet_and_cover_the_step_and_every_layer_with_work_has_its_own() -
         own = {layer.id for layer in planner.traced.layers.layers if layer.params}
         assert own <= computed
         assert {OTHER, GATHERING, OPTIMIZER} <= {s.part for s in spans}
+
+
+def test_all_reductions_but_the_last_are_under_way_before_backward_ends() -> None:
+    """The order of what the tape of a step saw; every look at this clock is later than the one before."""
+    plan = planner_for("vgg", 2, solver="data").plan()
+    plan = plan.model_copy(update={"bucket_bytes": 2**16})
+    x, target = data("vgg")
+    tapes: dict[int, Tape] = {}
+
+    def communicator(world: ThreadWorld, position: int) -> Any:
+        ticks = itertools.count()
+        tapes[position] = Tape(CPU, lambda: float(next(ticks)))
+        return TimedCommunicator(ThreadCommunicator(world, position), tapes[position])
+
+    def work(net: ParallelModule, _traced: TracedModel, position: int) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        tape, part = tapes[position], own_samples(plan, plan.mesh.ranks[position])
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        with watched(net, optimizer, tape):
+            tape.start()
+            functional.cross_entropy(net(x[part]), target[part]).backward()
+            return tape.stop(), tape.reductions()
+
+    for spans, reductions in run_ranks(lambda: build("vgg"), plan, work, communicator):
+        assert len(reductions) >= 4
+        backward_ends = max(s.stop_s for s in spans if s.part.phase is Phase.BACKWARD)
+        waiting_begins = min(s.start_s for s in spans if s.part == EXPOSED_SYNC)
+        *others, last = reductions
+        assert all(r.start_s < backward_ends for r in others)
+        assert backward_ends <= waiting_begins
+        assert all(r.stop_s > backward_ends for r in reductions)
+        assert last.start_s < waiting_begins
+        behind = {s.part.layer for s in spans if s.part.phase is Phase.BACKWARD and s.start_s > others[0].start_s}
+        assert len(behind) > 3
 
 
 def test_a_tape_gives_the_time_between_marks_to_the_earlier_one_and_ignores_marks_while_it_is_stopped() -> None:

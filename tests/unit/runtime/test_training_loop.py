@@ -1,4 +1,4 @@
-"""Training as people do it: optimizers, parameter groups, accumulation, clipping, frozen and shared layers, averages."""
+"""Training as people do it: optimizers, groups, accumulation, clipping, frozen and shared layers, averages."""
 
 import copy
 import math
@@ -174,7 +174,7 @@ def test_layers_may_be_frozen_before_and_be_frozen_and_thawed_later(solver: str)
 
     model = frozen()
     expected = train(model, x, target)
-    assert [len(g) for g in expected] == [8, 10, 7, 10]
+    assert [len(g) for g in expected] == [9, 11, 7, 11]
 
     def work(net: ParallelModule, _: TracedModel, position: int) -> None:
         for mine, want in zip(train(net, *own(net, position, x, target)), expected, strict=True):

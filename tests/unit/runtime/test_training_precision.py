@@ -5,8 +5,9 @@ import torch
 
 from planner.api import Options, Origin, machine_of, prepare
 from planner.frontend.lower import TracedModel
+from runtime.data import own_samples
 from runtime.parallel import ParallelModule
-from runtime.training import Batch, own_samples, training_step
+from runtime.training import Batch, training_step
 from support.equality import build, data, run_ranks
 
 

@@ -1,0 +1,226 @@
+"""Halo exchanges: which edges are some, and what of them computation hides.
+
+``runtime.halo`` runs a convolution together with the exchange of its borders. Blocking, a step waits for the whole
+exchange, and the neighbours' rows are put beside the own piece, forward and again backward: only the rows are kept.
+Overlapped,
+
+- forward, the exchange runs beside the outputs that need only own rows; the others come behind it, in strips, and all
+  are joined;
+- backward, the gradient's exchange runs beside the gradient of the weight.
+
+What that saves and costs is known for each pair of splits before anything is searched. So the matrices of an edge hold
+the smaller of both, no solver needs to know, and what a choice overlaps follows from it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from planner.devices.measured import CollectiveKind
+from planner.ir.dimension import SPATIAL_DIMENSIONS
+from planner.ir.graph import Layer
+from planner.ir.layout import Layout, Placement
+from planner.ir.ops import Conv
+from planner.ir.split import Split
+from planner.ir.transfer import is_halo, steps
+from planner.profile.key import LocalLayer, Shape
+
+if TYPE_CHECKING:
+    from planner.cost.model import CostModel
+    from planner.cost.table import EdgeCost
+
+_SPACE = 2
+"""The first dimension of space."""
+COPY_PASSES = 2
+"""How often a piece is read or written when it is put beside the neighbours' rows, or outputs are joined."""
+
+
+class HaloOverlap(StrEnum):
+    """Which halo exchanges run beside computation."""
+
+    AUTO = "auto"
+    """Those where that is predicted to be faster."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class HaloPair:
+    """A halo exchange between one pair of splits, in seconds.
+
+    Attributes:
+        whole_s: both transfers, hidden or not.
+        forward_s, backward_s: what a step takes longer for them: what is not hidden, and copies; if overlapped, also
+            what cutting the computation costs.
+        hidden_s: the part of the transfer backward that runs beside computation.
+        is_overlapped: computation goes on meanwhile.
+    """
+
+    whole_s: float
+    forward_s: float
+    backward_s: float
+    hidden_s: float
+    is_overlapped: bool
+
+
+Halos = Mapping[tuple[int, int], HaloPair]
+"""By the positions of producer's and consumer's splits."""
+NO_HALOS: Halos = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """A convolution in two parts, in seconds: what an exchange can hide behind, and what it costs.
+
+    Attributes:
+        interior_s: the outputs that need no neighbour.
+        weight_s: the gradient of the weight.
+        extra_s: by how much all parts take longer than the whole.
+        join_s: putting the outputs together.
+        frame_s: putting rows beside the own piece, backward, and forward where all outputs are computed at once.
+    """
+
+    interior_s: float
+    weight_s: float
+    extra_s: float
+    join_s: float
+    frame_s: float
+
+
+def may_have_halo(consumer: Layer, position: int) -> bool:
+    """Return whether the runtime may run an input's exchange together with a layer's operator."""
+    op = consumer.op
+    return isinstance(op, Conv) and not op.computed_weight and op.padding_mode == "zeros" and position == 0
+
+
+def with_halos(
+    model: "CostModel", splits: tuple[Sequence[Split], Sequence[Split]], layers: tuple[Layer, Layer], edge: "EdgeCost"
+) -> "EdgeCost":
+    """Return an edge from a producer to a convolution with the halos among its pairs of splits.
+
+    Args:
+        model: prices the pieces.
+        splits: of producer and consumer.
+        layers: producer and consumer.
+        edge: with every transfer blocking.
+    """
+    halos = dict(_halos(model, splits, layers, edge))
+    if not halos:
+        return edge
+    forward_s, backward_s = edge.forward_s.copy(), edge.backward_s.copy()
+    for pair, halo in halos.items():
+        forward_s[pair], backward_s[pair] = halo.forward_s, halo.backward_s
+    return replace(edge, forward_s=forward_s, backward_s=backward_s, halos=halos)
+
+
+def _halos(
+    model: "CostModel", splits: tuple[Sequence[Split], Sequence[Split]], layers: tuple[Layer, Layer], edge: "EdgeCost"
+) -> Iterator[tuple[tuple[int, int], HaloPair]]:
+    if not any(d in SPATIAL_DIMENSIONS for split in splits[1] for d in split.dimensions):
+        return
+    producer, consumer = layers
+    makes, reads = model.partition(producer), model.partition(consumer)
+    producers: dict[tuple[Placement, ...], list[int]] = defaultdict(list)
+    haves = [makes.layouts(split).output for split in splits[0]]
+    for i, have in enumerate(haves):
+        producers[have.placements].append(i)
+    for j, split in enumerate(splits[1]):
+        need = reads.layouts(split).inputs[0]
+        if not any(isinstance(p, int) and p >= _SPACE for p in need.placements):
+            continue
+        found = [i for i in producers.get(need.placements, ()) if is_halo(haves[i], need)]
+        if not found:
+            continue
+        have = haves[found[0]]
+        cutting = _cutting(model, consumer, split, have, need)
+        axes = steps(have, need)[0].axes
+        for i in found:
+            times = float(edge.forward_s[i, j]), float(edge.backward_s[i, j])
+            yield (i, j), _pair(model, times, _slowed(model, axes, float(edge.num_bytes[i, j]) / 2), cutting)
+
+
+def _pair(model: "CostModel", times: tuple[float, float], slowed: float, cutting: Cutting) -> HaloPair:
+    """Return the better of a blocking and an overlapped exchange.
+
+    Args:
+        model: with the user's wish.
+        times: of the transfers forward and backward.
+        slowed: seconds that computation loses for each second that a transfer runs beside it.
+        cutting: of the convolution.
+    """
+    there_s, back_s = times
+    frame_s = cutting.frame_s
+    blocking = HaloPair(there_s + back_s, there_s + frame_s, back_s + frame_s, 0.0, is_overlapped=False)
+    hidden_s, hidden_back_s = min(there_s, cutting.interior_s), min(back_s, cutting.weight_s)
+    overlapped = HaloPair(
+        there_s + back_s,
+        there_s - hidden_s + cutting.extra_s + cutting.join_s + slowed * hidden_s,
+        back_s - hidden_back_s + frame_s + slowed * hidden_back_s,
+        hidden_back_s, is_overlapped=True,
+    )  # fmt: skip
+    wish = model.settings.halo_overlap
+    if wish is HaloOverlap.NEVER or not cutting.interior_s:
+        return blocking
+    gain_s = blocking.forward_s + blocking.backward_s - overlapped.forward_s - overlapped.backward_s
+    return overlapped if wish is HaloOverlap.ALWAYS or gain_s > 0 else blocking
+
+
+def _slowed(model: "CostModel", axes: tuple[int, ...], num_bytes: float) -> float:
+    """Return how much of its time a transfer takes from computation beside it: as measured of all-reduces."""
+    behind = model.pricer.reduction(axes, max(int(num_bytes), 1), CollectiveKind.ALL_REDUCE)
+    return min(behind.lost_s / behind.loaded_s, 1.0) if behind.loaded_s else 0.0
+
+
+def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need: Layout) -> Cutting:
+    """Return what a convolution under a split takes in parts; on the largest piece, with neighbours on both sides."""
+    bare = replace(layer, absorbed=())
+    local = model.local(bare, split)
+    whole = model.profile.time(local)
+    weight = model.profile.time(replace(local, input_gradient=False))
+    bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.profile.roofline.bandwidth_bytes_per_s
+    join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
+    parts = _parts(layer, have, need, local.output)
+    weight_s = min(weight.backward_s, whole.backward_s)
+    if not parts:
+        return Cutting(0.0, weight_s, 0.0, join_s, frame_s)
+    guesses = [model.profile.estimate(_with_output(local, each)).forward_s for each in parts]
+    in_one = model.profile.estimate(local).forward_s
+    scale = whole.forward_s / in_one if in_one else 0.0
+    seconds = [guess * scale for guess in guesses]
+    return Cutting(seconds[0], weight_s, max(sum(seconds) - whole.forward_s, 0.0), join_s, frame_s)
+
+
+def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape]:
+    """Return the output shapes of the interior and of the strips around it; none where all outputs need neighbours."""
+    op = layer.op
+    assert isinstance(op, Conv)
+    own, whole = have.largest_shape(), need.shape
+    interior = list(output)
+    for k in range(len(op.kernel)):
+        dim = k + _SPACE
+        if dim in need.placements and own[dim] < whole[dim]:
+            fit = (own[dim] - 1 - op.dilation[k] * (op.kernel[k] - 1)) // op.stride[k] + 1
+            interior[dim] = min(fit, output[dim])
+            if interior[dim] <= 0:
+                return []
+    parts = [tuple(interior)]
+    for dim in range(_SPACE, len(output)):
+        rest = output[dim] - interior[dim]
+        sides = [rows for rows in (rest - rest // 2, rest // 2) if rows]
+        parts += [(*interior[:dim], rows, *output[dim + 1 :]) for rows in sides]
+    return parts
+
+
+def _with_output(local: LocalLayer, output: Shape) -> LocalLayer:
+    """Return a piece with fewer outputs, and the rows that they read."""
+    op = local.layer.op
+    assert isinstance(op, Conv)
+    (x,) = local.inputs
+    read = list(x)
+    for k, (rows, all_rows) in enumerate(zip(output[_SPACE:], local.output[_SPACE:], strict=True)):
+        if rows < all_rows:
+            read[k + _SPACE] = min((rows - 1) * op.stride[k] + op.dilation[k] * (op.kernel[k] - 1) + 1, x[k + _SPACE])
+    return replace(local, inputs=(tuple(read),), output=output)
