@@ -47,7 +47,12 @@ class Bucket(Protocol):
 
 @dataclass
 class WholeBucket:
-    """Gradients that every rank of a group gets whole; the gradients are views of the buffer."""
+    """Gradients that every rank of a group gets whole; the gradients are views of the buffer.
+
+    Behind them the buffer has a number for each: how many ranks a gradient came on. So a parameter that a pass does not
+    use on this rank gets the gradient of the others (a replica that stays behind is another model), and one that no
+    rank uses gets none.
+    """
 
     axes: Axes
     ranks: int
@@ -56,17 +61,18 @@ class WholeBucket:
     pending: Pending | None = None
     is_kept: bool = True
     collective: str = "all_reduce"
+    _missing: set[int] = field(default_factory=set)
 
     @functools.cached_property
     def buffer(self) -> torch.Tensor:
-        """All gradients; made when the first arrives, so that evaluation needs none."""
-        first = self.parameters[0]
-        return torch.zeros(sum(p.numel() for p in self.parameters), dtype=first.dtype, device=first.device)
+        """All gradients and their counts; made when the first arrives, so that evaluation needs none."""
+        first, size = self.parameters[0], sum(p.numel() for p in self.parameters)
+        return torch.zeros(size + len(self.parameters), dtype=first.dtype, device=first.device)
 
     @functools.cached_property
     def views(self) -> list[torch.Tensor]:
         """The places of the gradients in the buffer, each in the memory format of its parameter."""
-        pieces = self.buffer.split([p.numel() for p in self.parameters])
+        *pieces, _ = self.buffer.split([*(p.numel() for p in self.parameters), len(self.parameters)])
         return [_view_like(piece, p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def collect(self, k: int) -> None:
@@ -75,6 +81,7 @@ class WholeBucket:
         gradient = parameter.grad
         if gradient is None:
             view.zero_()
+            self._missing.add(k)
             return
         torch.div(gradient, self.ranks, out=view)
         if gradient.data_ptr() != view.data_ptr():
@@ -82,18 +89,30 @@ class WholeBucket:
 
     def start(self, communicator: Communicator) -> None:
         """See ``Bucket``."""
+        counts = self._counts()
+        counts.fill_(1)
+        for k in self._missing:
+            counts[k] = 0
         self.pending = communicator.start_all_reduce(self.buffer, self.axes)
 
     def finish(self) -> None:
         """See ``Bucket``."""
         if self.pending is not None:
             self.pending.wait()
+            counts = self._counts().tolist() if self._missing else []  # reading it makes the host wait
+            for k in self._missing:
+                if counts[k]:
+                    self.parameters[k].grad = self.views[k]
         self.forget()
 
     def forget(self) -> None:
         """See ``Bucket``."""
         self.pending = None
+        self._missing.clear()
         self.ready.clear()
+
+    def _counts(self) -> torch.Tensor:
+        return self.buffer[-len(self.parameters) :]
 
 
 class RowBucket:
@@ -141,10 +160,10 @@ class RowBucket:
         if self.pending is not None:
             self.pending.wait()
             assert self._own is not None
-            for k in sorted(self._came):
-                self._bundle.shards[k].receive(
-                    self._bundle.shards[k].in_section(self._own, self._bundle.offsets[k])
-                )  # fmt: skip
+            for k, shard in enumerate(self._bundle.shards):
+                rows = shard.in_section(self._own, self._bundle.offsets[k])
+                if k in self._came or rows.any():  # a pass may use a parameter on other ranks only
+                    shard.receive(rows)
         self.forget()
 
     def forget(self) -> None:

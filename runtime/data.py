@@ -194,7 +194,7 @@ class ArrayDataset(Dataset[tuple[torch.Tensor, ...]]):
 class _Wanted(NamedTuple):
     """A sample, and what of it this rank needs: inputs, targets or both."""
 
-    index: int
+    number: int
     inputs: bool
     targets: bool
 
@@ -296,12 +296,12 @@ class _RegionDataset(Dataset[list[Any]]):
         self._dataset, self._regions = dataset, regions
         self._inputs = regions.inputs()
 
-    def __getitem__(self, wanted: _Wanted) -> list[Any]:  # type: ignore[override]  # of _RegionBatches
+    def __getitem__(self, wanted: _Wanted) -> list[Any]:
         if isinstance(self._dataset, RegionReader):
             parts = self._parts(wanted, self._dataset.shapes)
-            found = list(self._dataset.read(wanted.index, parts))
+            found = list(self._dataset.read(wanted.number, parts))
         else:
-            whole = self._dataset[wanted.index]
+            whole = self._dataset[wanted.number]
             whole = whole if isinstance(whole, tuple | list) else (whole,)
             parts = self._parts(wanted, [tuple(getattr(x, "shape", ())) for x in whole])
             found = [x if not part else x[part] for x, part in zip(whole, parts, strict=True)]

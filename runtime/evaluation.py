@@ -64,7 +64,7 @@ def evaluation_plan(traced: TracedModel, plan: Plan) -> Plan:
     Raises:
         UsageError: a layer that only evaluation has needs parameters in other pieces than ranks hold.
     """
-    assert traced.evaluation is not None
+    assert isinstance(traced.evaluation, TracedModel)
     strategy = dict(_strategy(traced, traced.evaluation, plan))
     parts = [
         LayerPart(id=layer.id, op=layer.op.kind, split=dict(strategy[layer.id].axes), cost=_NO_COST, memory_bytes=0)
@@ -134,7 +134,7 @@ def lower_evaluation(
     Raises:
         UsageError: as ``evaluation_plan``.
     """
-    assert traced.evaluation is not None
+    assert isinstance(traced.evaluation, TracedModel)
     own_plan = evaluation_plan(traced, plan)
     lowering = Lowering(traced.evaluation, model, own_plan, state)
     lowering.share(training, state.gradient_scale)
@@ -166,7 +166,7 @@ def lower_evaluation(
 
 def _alike(traced: TracedModel, planned: Strategy, strategy: Strategy) -> set[LayerId]:
     """Return the layers that are the same in both graphs, and split alike."""
-    assert traced.evaluation is not None
+    assert isinstance(traced.evaluation, TracedModel)
     mine, theirs = traced.evaluation.layers, traced.layers
     found = set()
     for layer in mine.layers:

@@ -1,18 +1,23 @@
 """What a rank passes to the model: how many samples all ranks pass together, and whether its region is the plan's."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 
 from planner.errors import MismatchError
-from planner.ir.dimension import image_roles
+from planner.ir.dimension import Dimension, image_roles
 from planner.ir.layout import Layout, balanced_pieces
 from planner.ir.mesh import Mesh
 from planner.ir.region import Region
 from planner.ir.rules import InputOutput, io_layout
+from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.plan.schema import Plan
 from runtime.exchange import Batch
+
+REFUSED: Final = -1
+"""A rank says so in place of its number of samples, so that no rank waits for it."""
 
 
 def input_layouts(plan: Plan) -> dict[str, Layout]:
@@ -24,13 +29,19 @@ def input_layouts(plan: Plan) -> dict[str, Layout]:
     for each in plan.model.inputs:
         shape = tuple(each.shape)
         roles = image_roles(len(shape)) if shape[0] == plan.batch else (None,) * len(shape)
-        found[each.name] = io_layout(TensorSpec(shape, each.dtype, roles), plan.mesh, plan.strategy[each.name])
+        found[each.name] = io_layout(TensorSpec(shape, each.dtype, roles), plan.mesh, plan.strategy[LayerId(each.name)])
     return found
 
 
 def own_region(layout: Layout, position: int, batch: int | None = None) -> Region:
     """Return a mesh position's region of an input, for the planned batch or another one."""
     return (layout if batch is None else layout.with_size(0, batch)).region(position)
+
+
+def takes_other_sizes(plan: Plan) -> bool:
+    """Return whether samples may have other sizes than planned: where nothing but samples is split, and in no loss."""
+    layers = [layer for stage in plan.stages for layer in stage.layers]
+    return all(layer.op != "loss" and set(layer.split.values()) <= {Dimension.SAMPLE} for layer in layers)
 
 
 def batch_of(io: InputOutput, first: Layout, samples: Sequence[int]) -> Batch:
@@ -47,7 +58,8 @@ def batch_of(io: InputOutput, first: Layout, samples: Sequence[int]) -> Batch:
     if io is InputOutput.GLOBAL:
         return Batch(samples[0])
     if min(samples) < 1:
-        raise MismatchError(f"the ranks passed {tuple(samples)} samples; every rank needs at least one")
+        refused = ", where -1 stands for what a rank refused: see its own message" if min(samples) == REFUSED else ""
+        raise MismatchError(f"the ranks passed {tuple(samples)} samples{refused}; every rank needs at least one")
     if io is InputOutput.PER_RANK:
         return _own_samples(samples)
     return _of_regions(first, samples)
@@ -74,19 +86,33 @@ def _of_regions(first: Layout, samples: Sequence[int]) -> Batch:
 
 
 def refuse_other_region(
-    layouts: Mapping[str, Layout], mesh: Mesh, position: int, passed: Mapping[str, torch.Tensor]
+    layouts: Mapping[str, Layout],
+    mesh: Mesh,
+    position: int,
+    passed: Mapping[str, torch.Tensor],
+    batch: int | None = None,
 ) -> None:
-    """Check that what a rank passes has the sizes of its regions, samples apart.
+    """Check that what a rank passes has the sizes of its regions, samples apart unless their number is known.
+
+    Args:
+        layouts: of the inputs.
+        mesh: the ranks.
+        position: of this rank.
+        passed: tensors by the inputs' names.
+        batch: samples of all ranks together.
 
     Raises:
         MismatchError: with the region that the plan wants.
     """
     for name, x in passed.items():
         layout = layouts[name]
-        region = layout.region(position)
-        if tuple(x.shape[1:]) != region.shape[1:]:
-            part = ", ".join(f"{a}:{b}" for a, b in zip(region.start[1:], region.stop[1:], strict=True))
+        region = own_region(layout, position, batch)
+        first = 1 if batch is None else 0
+        if tuple(x.shape[first:]) != region.shape[first:]:
+            part = ", ".join(f"{a}:{b}" for a, b in zip(region.start[first:], region.stop[first:], strict=True))
+            of = "sample" if batch is None else f"batch of {batch}"
             raise MismatchError(
-                f"input {name!r} is {tuple(x.shape)} on rank {mesh.ranks[position]}; its part of a sample is [{part}] of "
-                f"{tuple(layout.shape[1:])}. runtime.data cuts batches as a plan wants them."
+                f"input {name!r} is {tuple(x.shape)} on rank {mesh.ranks[position]}; its part of a {of} is [{part}], "
+                f"of samples of {tuple(layout.shape[1:])}. runtime.data cuts batches as a plan wants them; samples of "
+                "another size need a plan of their own, unless every layer is split by samples alone."
             )

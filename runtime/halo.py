@@ -12,6 +12,7 @@ Shapes: N samples, C channels, ... space.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -25,7 +26,7 @@ from planner.ir.region import Region
 from planner.ir.transfer import StepKind, steps
 from runtime.communicator import Communicator
 from runtime.exchange import MAX_BATCH_SIZES, Batch, Conversion, ScaleGradient, exchange_of, named
-from runtime.packing import Exchange, narrowed, narrows_of, new_like
+from runtime.packing import Exchange, Narrows, narrowed, narrows_of, new_like
 from runtime.pieces import Piece
 from runtime.state import StepState
 
@@ -121,13 +122,66 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Where a box of the input is filled from; worked out once, as it is asked for in every step.
+
+    Attributes:
+        region: the box.
+        shape: its sizes.
+        zeros: parts outside the whole tensor.
+        own: the part that the rank has: where it is in the box, and in the rank's piece; None where it has none of it.
+        halos: parts that come: which one, where it is in the box, and in what came.
+        is_own: the box is the rank's piece.
+    """
+
+    region: Region
+    shape: tuple[int, ...]
+    zeros: tuple[Narrows, ...]
+    own: tuple[Narrows, Narrows] | None
+    halos: tuple[tuple[int, Narrows, Narrows], ...]
+    is_own: bool
+
+    @staticmethod
+    def of(box: Box, exchange: Exchange, sizes: tuple[int, ...]) -> "Frame":
+        """Return the frame of a box in space, of an input of these sizes that is exchanged so."""
+        piece = exchange.own
+        starts, stops = zip(*box, strict=True)
+        region = Region((*piece.start[:_SPACE], *starts), (*piece.stop[:_SPACE], *stops))
+        zeros: list[Narrows] = []
+        for dim, size in enumerate(sizes, start=_SPACE):
+            before, behind = max(-region.start[dim], 0), max(region.stop[dim] - size, 0)
+            zeros += [((dim, 0, before),)] if before else []
+            zeros += [((dim, region.shape[dim] - behind, behind),)] if behind else []
+        common = piece.intersect(region)
+        own = None if common is None else (narrows_of(common, region), narrows_of(common, piece))
+        halos = [(k, part, part.intersect(region)) for k, part in enumerate(exchange.incoming)]
+        found = [(k, narrows_of(c, region), narrows_of(c, part)) for k, part, c in halos if c is not None]
+        return Frame(region, region.shape, tuple(zeros), own, tuple(found), region == piece)
+
+    def begun(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the box with what is own in it, and zeros outside the whole tensor; the rest is not filled."""
+        if self.is_own:
+            return x
+        result = new_like(x, self.shape)
+        for part in self.zeros:
+            narrowed(result, part).zero_()
+        if self.own is not None:
+            narrowed(result, self.own[0]).copy_(narrowed(x, self.own[1]))
+        return result
+
+    def finish(self, result: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        """Put what came from others into the box."""
+        for k, place, part in self.halos:
+            narrowed(result, place).copy_(narrowed(parts[k], part))
+
+
+@dataclass(frozen=True)
 class Halo:
     """One convolution on one rank for one batch.
 
     Attributes:
         geometry: of the piece.
         forward, backward: the exchange of borders, and that of their gradients.
-        frame: of what the rank's outputs read.
         interior: the outputs to compute while borders are on their way; None: all of them behind the exchange.
         name: of what is exchanged, for messages.
     """
@@ -135,16 +189,39 @@ class Halo:
     geometry: Geometry
     forward: Exchange
     backward: Exchange
-    frame: Region
     interior: Box | None
     name: str
     communicator: Communicator
 
-    def region(self, box: Box) -> Region:
-        """Return a box in space of all samples and channels of the input."""
-        own = self.forward.own
-        starts, stops = zip(*box, strict=True)
-        return Region((*own.start[:_SPACE], *starts), (*own.stop[:_SPACE], *stops))
+    @functools.cached_property
+    def frame(self) -> Frame:
+        """What the rank's outputs read."""
+        return self._frame(self.geometry.outputs)
+
+    @functools.cached_property
+    def _inside(self) -> tuple[Narrows, Narrows]:
+        """Where the input of the interior is in the own piece, and where its outputs are in all outputs."""
+        assert self.interior is not None
+        frame = self._frame(self.interior)
+        return narrows_of(frame.region, self.forward.own), self._place(self.interior)
+
+    @functools.cached_property
+    def _strips(self) -> list[tuple[Frame, Narrows]]:
+        """Of every strip what it reads, and where its outputs are in all outputs."""
+        assert self.interior is not None
+        return [(self._frame(box), self._place(box)) for box in self.geometry.strips(self.interior)]
+
+    @functools.cached_property
+    def needed(self) -> Narrows:
+        """Where the region after the exchange is in the frame."""
+        return narrows_of(self.forward.need, self.frame.region)
+
+    def _frame(self, outputs: Box) -> Frame:
+        return Frame.of(self.geometry.frame(outputs), self.forward, self.geometry.sizes)
+
+    def _place(self, outputs: Box) -> Narrows:
+        pairs = enumerate(zip(outputs, self.geometry.outputs, strict=True), start=_SPACE)
+        return tuple((dim, a - first, b - a) for dim, ((a, b), (first, last)) in pairs if (a, b) != (first, last))
 
     def start(self, exchange: Exchange, x: torch.Tensor, kind: str = "") -> Callable[[], list[torch.Tensor]]:
         """Start an exchange; failures name it."""
@@ -160,30 +237,6 @@ class Halo:
     def _named(self, kind: str) -> contextlib.AbstractContextManager[None]:
         return named(StepKind.EXCHANGE, self.communicator, kind + self.name)
 
-    def begun(self, x: torch.Tensor, frame: Region) -> torch.Tensor:
-        """Return a frame with what is own in it, and zeros outside the whole tensor; the rest is not filled."""
-        own = self.forward.own
-        if frame == own:
-            return x
-        result = new_like(x, frame.shape)
-        for dim, size in enumerate(self.geometry.sizes, start=_SPACE):
-            before, behind = max(-frame.start[dim], 0), max(frame.stop[dim] - size, 0)
-            if before:
-                result.narrow(dim, 0, before).zero_()
-            if behind:
-                result.narrow(dim, frame.shape[dim] - behind, behind).zero_()
-        common = own.intersect(frame)
-        if common is not None:
-            narrowed(result, narrows_of(common, frame)).copy_(narrowed(x, narrows_of(common, own)))
-        return result
-
-    def finish(self, result: torch.Tensor, frame: Region, parts: Sequence[torch.Tensor]) -> None:
-        """Put what came from others into a frame."""
-        for region, part in zip(self.forward.incoming, parts, strict=True):
-            common = region.intersect(frame)
-            if common is not None:
-                narrowed(result, narrows_of(common, frame)).copy_(narrowed(part, narrows_of(common, region)))
-
     def computed(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -194,46 +247,35 @@ class Halo:
         geometry = self.geometry
         wait = self.start(self.forward, x)
         if self.interior is None:
-            framed, parts = self.begun(x, self.frame), wait()
-            self.finish(framed, self.frame, parts)
+            framed, parts = self.frame.begun(x), wait()
+            self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
-        inside = self.region(geometry.frame(self.interior))
-        y = geometry.convolved(narrowed(x, narrows_of(inside, self.forward.own)), weight, bias)
-        whole = Region(*(tuple(ends) for ends in zip(*self._of_output(y, geometry.outputs), strict=True)))
-        result = new_like(y, whole.shape)
-        self._place(result, whole, self.interior, y)
+        read, place = self._inside
+        y = geometry.convolved(narrowed(x, read), weight, bias)
+        result = new_like(y, (*y.shape[:_SPACE], *(b - a for a, b in geometry.outputs)))
+        narrowed(result, place).copy_(y)
         parts = wait()
-        for strip in geometry.strips(self.interior):
-            frame = self.region(geometry.frame(strip))
-            framed = self.begun(x, frame)
-            self.finish(framed, frame, parts)
-            self._place(result, whole, strip, geometry.convolved(framed, weight, bias))
+        for frame, place in self._strips:
+            framed = frame.begun(x)
+            frame.finish(framed, parts)
+            narrowed(result, place).copy_(geometry.convolved(framed, weight, bias))
         return result, [x, *parts]
-
-    def _place(self, result: torch.Tensor, whole: Region, box: Box, y: torch.Tensor) -> None:
-        part = Region(*(tuple(ends) for ends in zip(*self._of_output(y, box), strict=True)))
-        narrowed(result, narrows_of(part, whole)).copy_(y)
-
-    @staticmethod
-    def _of_output(y: torch.Tensor, box: Box) -> list[tuple[int, int]]:
-        return [(0, y.shape[0]), (0, y.shape[1]), *box]
 
     def framed(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the frame of all outputs from what ``computed`` kept."""
-        result = self.begun(kept[0], self.frame)
-        self.finish(result, self.frame, kept[1:])
+        result = self.frame.begun(kept[0])
+        self.frame.finish(result, kept[1:])
         return result
 
     def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""
-        own = self.forward.own
-        common = own.intersect(self.frame)
-        if common == own:
-            result = narrowed(framed, narrows_of(own, self.frame))
+        own, frame = self.forward.own, self.frame
+        if frame.own is not None and not frame.own[1]:
+            result = narrowed(framed, frame.own[0])  # all of the piece was read
         else:
             result = new_like(framed, own.shape).zero_()
-            if common is not None:
-                narrowed(result, narrows_of(common, own)).copy_(narrowed(framed, narrows_of(common, self.frame)))
+            if frame.own is not None:
+                narrowed(result, frame.own[1]).copy_(narrowed(framed, frame.own[0]))
         for region, part in zip(self.backward.incoming, parts, strict=True):
             place = narrowed(result, narrows_of(region, own))
             place += part
@@ -251,7 +293,7 @@ class HaloConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         halo: Halo = ctx.halo
         gradient, (weight, *kept) = gradients[0], ctx.saved_tensors
@@ -266,8 +308,7 @@ class HaloConvolution(torch.autograd.Function):
         else:
             framed, *found = geometry.gradients(gradient, halo.framed(kept), weight, [True, *of_params])
         assert framed is not None
-        needed = narrowed(framed, narrows_of(halo.forward.need, halo.frame))
-        wait = halo.start(halo.backward, needed, "the gradient of ")
+        wait = halo.start(halo.backward, narrowed(framed, halo.needed), "the gradient of ")
         if overlapped:
             _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
         return halo.gradient_of_piece(framed, wait()), *found, None
@@ -310,12 +351,8 @@ class HaloCall:
             forward, backward = exchange_of(there, communicator), exchange_of(back, communicator)
             own, geometry = forward.own, self.geometry
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
-            starts, stops = zip(*geometry.frame(geometry.outputs), strict=True)
-            frame = Region((*own.start[:_SPACE], *starts), (*own.stop[:_SPACE], *stops))
             interior = geometry.interior(box) if self.overlapped else None
-            self._compiled[batch] = Halo(
-                geometry, forward, backward, frame, interior, self.conversion.name, communicator
-            )
+            self._compiled[batch] = Halo(geometry, forward, backward, interior, self.conversion.name, communicator)
         return self._compiled[batch]
 
     def __str__(self) -> str:

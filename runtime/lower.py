@@ -34,7 +34,15 @@ from runtime.exchange import Conversion
 from runtime.group_norm import GroupNormOverSpace
 from runtime.halo import Geometry, HaloCall
 from runtime.norms import BatchNorm, Normalise
-from runtime.ops import InTraining, LocalLoss, LocalMeanOfClasses, Redistribution, WithScaledGradients, written_items
+from runtime.ops import (
+    InTraining,
+    LocalLoss,
+    LocalMeanOfClasses,
+    Redistribution,
+    WithScaledGradients,
+    steadied,
+    written_items,
+)
 from runtime.params import LocalParameters
 from runtime.pieces import Local, Piece, broadcast_index, on_piece
 from runtime.products import Bias, OfArguments, Product, scaled
@@ -112,6 +120,7 @@ class Lowering:
         self._overlapped = {layer.id for stage in plan.stages for layer in stage.layers if layer.overlap}
         self._values: dict[LayerId, fx.Node] = {}
         self._origins: dict[LayerId, LayerId] = {}
+        self._reorders = any(isinstance(layer.op, ir.Permute | ir.PerSample) for layer in traced.layers.layers)
         self._params = LocalParameters(
             model, traced.layers.layers, self._layouts, self._mesh, state.communicator.position
         )  # fmt: skip
@@ -155,10 +164,20 @@ class Lowering:
             for parameter in layer.params:
                 self._params.local(layer, attribute(self._model, parameter.name))
             main = self._operator(layer, main, layer.op, is_main=True)
-        last = main
+        last = self._steadied(layer.op, main)
         for part, node in zip(layer.absorbed, absorbed, strict=True):
-            last = self._operator(layer, node, part.op, is_main=False)
+            last = self._steadied(part.op, self._operator(layer, node, part.op, is_main=False))
         self._values[layer.id] = last
+
+    def _steadied(self, op: ir.Op, node: fx.Node) -> fx.Node:
+        """Return the node with a norm's result, whose gradient comes in the order of memory that torch needs."""
+        if not isinstance(op, ir.GroupNorm) and not (isinstance(op, ir.BatchNorm) and self._reorders):
+            return node
+        with self._graph.inserting_after(node):
+            new = self._graph.call_function(steadied, (node,))
+        new.meta |= {key: node.meta[key] for key in ("val", LAYER) if key in node.meta}
+        node.replace_all_uses_with(new, lambda user: user is not new)
+        return new
 
     def _connect(self, layer: Layer, nodes: list[fx.Node]) -> None:
         """Let a layer's nodes read its inputs in the layouts that its split asks for."""

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
@@ -15,12 +16,12 @@ from planner.ir.rules import InputOutput
 from planner.plan.schema import Plan
 from runtime.evaluation import Evaluation
 from runtime.exchange import Batch
-from runtime.feed import batch_of, refuse_other_region
+from runtime.feed import REFUSED, batch_of, refuse_other_region, takes_other_sizes
 from runtime.graphs import uncompiled
 from runtime.params import Held
 from runtime.reducer import Reducer
 from runtime.sharding import Shards
-from runtime.state import StepState
+from runtime.state import StepState, is_in_backward
 
 _MADE_ANEW = frozenset({"_graph", "_reducer", "_evaluator", "forward"})
 """Attributes that a copy of a parallel module does not take over."""
@@ -195,34 +196,72 @@ class ParallelModule(fx.GraphModule):
             raise UsageError(self._evaluation)
         state = self._state
         self._shards.prepare()
-        self._reducer.reset()
+        if not is_in_backward():  # else torch.utils.checkpoint computes a pass again
+            self._reducer.reset()
         state.current_batch()  # that of an earlier pass nobody asked for
-        samples = {x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
-        if len(samples) != 1:
-            raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
-        state.rank_samples = samples.pop()
-        if self.training:
-            state.step += 1
-        io, layouts = self.plan.input_output, self._inputs
+        io = self.plan.input_output
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        try:
+            passed = self._passed(args, kwargs, tensors)
+        except MismatchError:
+            if io is not InputOutput.GLOBAL:
+                state.communicator.start_gather_ints(REFUSED)()
+            raise
+        if any(part.training for part in self.modules()):
+            state.step = state.passes.begin(state.step, tensors)
         if io is InputOutput.GLOBAL:
             state.batch = Batch(state.rank_samples)
             self._shards.enter(self.training)
             return
-        first = next(iter(layouts.values()))
-        if io is InputOutput.LOCAL:
-            named = dict(zip(layouts, args, strict=False)) | kwargs
-            passed = {name: named[name] for name in layouts if isinstance(named.get(name), torch.Tensor)}
-            refuse_other_region(layouts, self.plan.mesh, state.communicator.position, passed)
         pending = state.communicator.start_gather_ints(state.rank_samples)
+        mesh, position, layouts = self.plan.mesh, state.communicator.position, self._inputs
+        first = next((layouts[name] for name in passed), next(iter(layouts.values())))
 
-        def resolve() -> None:
-            state.batch = batch_of(io, first, pending())
+        def resolve() -> Batch:
+            batch = batch_of(io, first, pending())
+            if io is InputOutput.LOCAL:
+                refuse_other_region(layouts, mesh, position, passed, batch.size)
+            return batch
 
         state.resolve_batch = resolve
         self._shards.enter(self.training)
 
+    def _passed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs with samples by name; note how many samples this rank passes.
+
+        Raises:
+            MismatchError: they do not fit the plan, or each other.
+        """
+        state, layouts, plan = self._state, self._inputs, self.plan
+        named = dict(zip(layouts, args, strict=False)) | {self._names.get(n, n): x for n, x in kwargs.items()}
+        passed = {
+            name: x
+            for name, layout in layouts.items()
+            if isinstance(x := named.get(name), torch.Tensor) and layout.shape[:1] == (plan.batch,)
+        }
+        samples = {x.shape[0] for x in tensors if x.dim()}
+        is_local = plan.input_output is InputOutput.LOCAL and passed  # inputs may be split in different ways
+        if len(samples) != 1 and not is_local:
+            raise MismatchError(f"the inputs have {sorted(samples)} samples; all need the batch as their first size")
+        if not self._takes_other_sizes:
+            refuse_other_region(layouts, plan.mesh, state.communicator.position, passed)
+        state.rank_samples = next(iter(passed.values())).shape[0] if is_local else samples.pop()
+        return passed
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """By the names of the arguments of ``forward``, those of the plan."""
+        return {str(node.target): node.name for node in self.graph.find_nodes(op="placeholder")}
+
+    @functools.cached_property
+    def _takes_other_sizes(self) -> bool:
+        return takes_other_sizes(self.plan)
+
     @uncompiled
     def _after_forward(self, *_: Any) -> None:
+        self._state.step = self._state.passes.end(self._state.step)
         self._shards.leave()
 
 

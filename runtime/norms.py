@@ -9,6 +9,7 @@ from torch.nn import functional
 from planner.ir import ops as ir
 from runtime.communicator import Axes, Communicator, group_size
 from runtime.graphs import uncompiled
+from runtime.packing import format_of
 from runtime.products import scaled
 from runtime.state import StepState
 
@@ -147,7 +148,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, mean, variance = ctx.saved_tensors
         wide = mean.dtype
-        x, dy = x.to(wide), gradients[0].to(wide)
+        x = x.to(wide)
+        dy = gradients[0].to(wide).contiguous(memory_format=format_of(x))  # see runtime.ops.steadied
         scale = torch.ones_like(mean) if weight is None else weight.to(wide)
         # with the statistics as constants, in one pass: what is missing is what flows through them
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(

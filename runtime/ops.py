@@ -18,6 +18,7 @@ from planner.ir.transfer import StepKind
 from runtime.communicator import Axes, Communicator
 from runtime.exchange import Conversion, Convert, ScaleGradient, named
 from runtime.graphs import uncompiled
+from runtime.packing import format_of
 from runtime.products import scaled
 from runtime.state import StepState
 
@@ -47,7 +48,7 @@ class Redistribution(nn.Module):
             forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
             x = Convert.apply(x, forward, backward)
         if self._factor is not None and x.requires_grad:
-            x = ScaleGradient.apply(x, functools.partial(self._factor, state))
+            x = ScaleGradient.apply(x, functools.partial(self._factor, state.of_this_pass()))
         return x
 
     def extra_repr(self) -> str:
@@ -167,6 +168,21 @@ class WithScaledGradients:
         self._module.training = self._stand_in.training
         tensors = {name: scaled(piece, self._factors.get(name, 1.0)) for name, piece in self._pieces.items()}
         return torch.func.functional_call(self._module, tensors, args, kwargs)
+
+
+def steadied(y: torch.Tensor) -> torch.Tensor:
+    """Return a norm's result; its gradient will lie in memory as the result does.
+
+    On CPUs torch 2.13 computes wrong input gradients of batch norm (of one sample) and instance norm where the gradient
+    comes in another order, such as that of a transpose behind the norm.
+    """
+    if y.requires_grad:
+        y.register_hook(functools.partial(_ordered, format_of(y)))
+    return y
+
+
+def _ordered(memory_format: torch.memory_format, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.contiguous(memory_format=memory_format)
 
 
 def written_items(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ Border rows are few beside the piece, so nothing but them is copied into the mes
 keeps is left where it is until somebody says where it goes.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ Narrows = tuple[tuple[int, int, int], ...]
 """Of every dimension that is cut: itself, the first position, how many."""
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def narrows_of(region: Region, frame: Region) -> Narrows:
     """Return where a region lies in a tensor that holds a frame, for ``narrowed``."""
     pairs = enumerate(zip(region.start, region.stop, frame.start, frame.stop, strict=True))
@@ -92,12 +94,9 @@ class Exchange:
 
     def packed(self, x: torch.Tensor) -> torch.Tensor:
         """Return what others need of the own region, one after the other."""
-        packed = x.new_empty(sum(self._send_counts))
-        place = 0
-        for narrows, shape in self._sent:
-            size = math.prod(shape)
-            packed.narrow(0, place, size).view(shape).copy_(narrowed(x, narrows))
-            place += size
+        packed = x.new_empty(self._num_sent)
+        for (narrows, shape), part in zip(self._sent, packed.split(self._sent_sizes), strict=True):
+            part.view(shape).copy_(narrowed(x, narrows))
         return packed
 
     def start(self, x: torch.Tensor, communicator: Communicator) -> Callable[[], list[torch.Tensor]]:
@@ -116,8 +115,15 @@ class Exchange:
         return result
 
     def _parts(self, found: torch.Tensor) -> list[torch.Tensor]:
-        parts = found.split([region.volume for region in self.incoming])
-        return [part.view(region.shape) for part, region in zip(parts, self.incoming, strict=True)]
+        return [part.view(shape) for part, shape in zip(found.split(self._sizes), self._shapes, strict=True)]
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [region.volume for region in self.incoming]
+
+    @functools.cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [region.shape for region in self.incoming]
 
     def put(self, parts: Sequence[torch.Tensor], result: torch.Tensor, frame: Region) -> None:
         """Copy what came, or add it, to where it belongs in a tensor that holds a frame."""
@@ -138,7 +144,15 @@ class Exchange:
             narrowed(result, narrows_of(kept, self.need)).copy_(narrowed(x, narrows_of(kept, self.own)))
         return result
 
-    @property
+    @functools.cached_property
+    def _num_sent(self) -> int:
+        return sum(self._send_counts)
+
+    @functools.cached_property
+    def _sent_sizes(self) -> list[int]:
+        return [math.prod(shape) for _, shape in self._sent]
+
+    @functools.cached_property
     def _covered(self) -> int:
         """Elements that are put in place, were there no addends."""
         return sum(region.volume for region in self.incoming) + (self.kept.volume if self.kept is not None else 0)

@@ -118,9 +118,8 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     communicator.broadcast(seed)
     state.seed = int(seed)
     lowered = Lowering(traced, model, plan, state).run()
-    evaluation = traced.evaluation
-    if isinstance(evaluation, TracedModel):
-        evaluation = lower_evaluation(model, traced, plan, state, lowered)
+    other = traced.evaluation
+    evaluation = lower_evaluation(model, traced, plan, state, lowered) if isinstance(other, TracedModel) else other
     shards = Shards.of(
         plan.stages[0].parameter_sharding, lowered.synchronised, lowered.cut, traced.layers.layers, communicator,
         plan.bucket_bytes,

@@ -33,7 +33,7 @@ from runtime.parallel import parallelize
 DIMENSIONS = frozenset({Dimension.SAMPLE, Dimension.DEPTH})
 GIVE_BACK = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """So that what is freed is not held."""
-STEPS = 3
+STEPS = 2
 
 
 def build(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
@@ -98,7 +98,7 @@ def main() -> int:
     """Print the table; return 1 if one rank trains, or several do not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("unet3d", "cosmoflow"), default="unet3d")
-    parser.add_argument("--size", type=int, default=64, help="of the volume, in each dimension")
+    parser.add_argument("--size", type=int, default=128, help="of the volume, in each dimension")
     parser.add_argument("--limit", type=float, default=0.75, help="of a rank, as a share of one rank's predicted peak")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     asked = parser.parse_args()

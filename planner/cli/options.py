@@ -109,8 +109,8 @@ class Asked(AskedModel):
         str | None,
         typer.Option(
             metavar="LIST",
-            help="What may be split, such as sample,out_channel,height. By default samples and channels; space too where "
-            "there are fewer samples than devices.",
+            help="What may be split, such as sample,out_channel,height. By default samples and channels; space too "
+            "where there are fewer samples than devices.",
         ),
     ] = None
     mesh: Annotated[str | None, typer.Option(metavar="SIZES", help="Such as node=8,gpu=4x2; searched if left out.")] = (

@@ -26,11 +26,13 @@ from planner.ir.layout import Layout, Placement
 from planner.ir.ops import Conv
 from planner.ir.split import Split
 from planner.ir.transfer import is_halo, steps
-from planner.profile.key import LocalLayer, Shape
+from planner.profile.key import LocalLayer
 
 if TYPE_CHECKING:
     from planner.cost.model import CostModel
     from planner.cost.table import EdgeCost
+
+Shape = tuple[int, ...]
 
 _SPACE = 2
 """The first dimension of space."""

@@ -249,7 +249,6 @@ class CostModel:
             pair = pair[0] + forward, pair[1] + backward
         return pair
 
-
     def _group_statistics(self, op: GroupNorm, axes: tuple[int, ...], output: Layout) -> tuple[Price, Price]:
         samples, channels, *_ = output.largest_shape()
         rows = samples * (op.groups * channels // op.channels)

@@ -1,6 +1,7 @@
 """Halo exchanges on real gloo processes equal one device in float64, overlapped or not."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,6 @@ def test_cut_convolutions_equal_one_device(num_ranks: int) -> None:
         for name, planner in planners.items()
         for overlapped in (False, True)
     ]
-    ranks = run_local("support.halos:on_process", {"cases": cases}, num_ranks=num_ranks, timeout_s=300.0)
+    ranks: Any = run_local("support.halos:on_process", {"cases": cases}, num_ranks=num_ranks, timeout_s=300.0)
     wrong = [(case["case"], found) for each in ranks for case, found in zip(cases, each, strict=True) if found]
     assert wrong == []

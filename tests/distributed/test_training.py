@@ -1,5 +1,7 @@
 """A training loop with all that people use, on gloo processes, against one device."""
 
+from typing import Any
+
 import pytest
 
 from runtime.launch import run_local
@@ -10,7 +12,7 @@ from support.loops import planned
 @pytest.mark.slow
 def test_scaled_clipped_averaged_and_compiled_training_on_processes_equals_one_device() -> None:
     plans = [planned(solver).to_json() for solver in ("data", "model")]
-    ranks = run_local("support.loop_ranks:loops", {"plans": plans}, num_ranks=2, timeout_s=600.0)
+    ranks: Any = run_local("support.loop_ranks:loops", {"plans": plans}, num_ranks=2, timeout_s=600.0)
     for results in ranks:
         for found in results:
             mine, expected = found["norms"]

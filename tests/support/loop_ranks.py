@@ -29,7 +29,8 @@ def train(net: nn.Module, batches: Any, scaler: torch.amp.GradScaler, rank: int 
         optimizer.zero_grad()
         scaler.scale(loss_of(net, x, target)).backward()
         if k == HIT and rank in {None, 1}:
-            next(p for p in reversed(list(net.parameters())) if p.grad is not None).grad.view(-1)[-1] = torch.inf
+            last = [p.grad for p in net.parameters() if p.grad is not None][-1]
+            last.view(-1)[-1] = torch.inf
         scaler.unscale_(optimizer)
         clip = net.clip_grad_norm_ if isinstance(net, ParallelModule) else None
         norm = clip(LIMIT) if clip else nn.utils.clip_grad_norm_(net.parameters(), LIMIT)
@@ -52,7 +53,7 @@ def loops(argument: dict[str, Any], process: Process) -> list[dict[str, Any]]:
     """Return, for each plan, by how much this rank differs from one device; compiled last."""
     torch.set_num_threads(1)
     x, target = images(SAMPLES)
-    scaler = {"init_scale": 2.0**8, "growth_interval": 100}
+    scaler: dict[str, Any] = {"init_scale": 2.0**8, "growth_interval": 100}
     whole = [(x[k : k + 8], target[k : k + 8]) for k in range(0, SAMPLES, 8)]
     expected = train(build(), whole, torch.amp.GradScaler("cpu", **scaler))
     found = []
@@ -90,6 +91,7 @@ def compiled(plan: Plan, batches: Any) -> float:
     """Return the largest difference of gradients and buffers of a compiled module from those of a plain one."""
     plain, other = parallelize(build(), plan), parallelize(build(), plan)
     faster = torch.compile(other, backend="aot_eager")
+    assert isinstance(faster, nn.Module)
     for batch in batches[:2]:
         for net in (plain, faster):
             net.zero_grad()

@@ -73,6 +73,13 @@ def piece(net: ParallelModule, name: str, whole: torch.Tensor) -> torch.Tensor:
     return whole[tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))]
 
 
+def gradient(model: nn.Module, name: str) -> torch.Tensor:
+    """Return the gradient of a parameter, to write into."""
+    found = model.get_parameter(name).grad
+    assert found is not None
+    return found
+
+
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of all gradients."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -89,7 +96,7 @@ def assert_pieces(
     for name, tensor in found.items():
         want = piece(net, name, expected[name])
         floor = tolerance * max(float(want.abs().max()) if want.numel() else 0.0, 1e-3)
-        torch.testing.assert_close(tensor, want, rtol=tolerance, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, want, rtol=tolerance, atol=floor, msg=(name + ": {}").format)
 
 
 def assert_equal(net: ParallelModule, model: nn.Module, tolerance: float = 1e-9) -> None:

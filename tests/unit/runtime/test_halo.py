@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,17 @@ def test_what_is_overlapped_is_computed_between_start_and_wait(
     monkeypatch: pytest.MonkeyPatch, overlapped: bool
 ) -> None:
     convolved, gradients = Geometry.convolved, Geometry.gradients
-    monkeypatch.setattr(Geometry, "convolved", lambda *args: (note("conv"), convolved(*args))[1])
-    monkeypatch.setattr(Geometry, "gradients", lambda *args: (note(f"gradient {[*args[-1]][:2]}"), gradients(*args))[1])
+
+    def convolve(*args: Any) -> Any:
+        note("conv")
+        return convolved(*args)
+
+    def differentiate(*args: Any) -> Any:
+        note(f"gradient {[*args[-1]][:2]}")
+        return gradients(*args)
+
+    monkeypatch.setattr(Geometry, "convolved", convolve)
+    monkeypatch.setattr(Geometry, "gradients", differentiate)
     NOTES.clear()
     case = CASES["corners, uneven"]
     plan = spatial_plan(planner_for(case), case.cut, overlapped)

@@ -22,7 +22,7 @@ LAST = torch.channels_last
 
 
 def last() -> nn.Module:
-    return build().to(memory_format=LAST)
+    return build().to(memory_format=LAST)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -47,7 +47,7 @@ def test_channels_last_stays_and_trains_as_one_device(solver: str, devices: int)
                 module.register_forward_hook(check)
         own_x, own_target = own(net, position, x, target)
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01, foreach=True)
-        for _ in range(2):
+        for _step in range(2):
             optimizer.zero_grad()
             loss_of(net, own_x.to(memory_format=LAST), own_target).backward()
             for name, parameter in net.named_parameters():
@@ -83,7 +83,7 @@ def test_volumes_in_channels_last() -> None:
         net = nn.Sequential(
             nn.Conv3d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv3d(5, 4, 3), nn.Flatten(), nn.Linear(32, 3)
         )
-        return net.double().to(memory_format=torch.channels_last_3d)
+        return net.double().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stub lacks it
 
     x = torch.randn(4, 2, 4, 4, 4, dtype=torch.float64)
     model = volumes()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,14 +149,16 @@ def test_hooks_fire_under_the_users_names_with_this_ranks_piece(solver: str) -> 
     def work(net: ParallelModule, traced: TracedModel, position: int) -> None:
         seen: dict[str, torch.Tensor] = {}
         calls: list[str] = []
+
+        def note(what: str, *_: Any) -> None:
+            calls.append(what)
+
         for name in names:
             part = net.get_submodule(name)
             part.register_forward_hook(lambda _m, _i, y, n=name: seen.update({n: y.detach().clone()}))
-            part.register_forward_pre_hook(lambda _m, _i, n=name: calls.append(f"before {n}"))
+            part.register_forward_pre_hook(partial(note, f"before {name}"))
         for name in ("conv3", "fc1"):
-            net.get_submodule(name).register_full_backward_hook(
-                lambda _m, _gi, _go, n=name: calls.append(f"behind {n}")
-            )
+            net.get_submodule(name).register_full_backward_hook(partial(note, f"behind {name}"))
         (own_x,) = own(net, position, x)
         net(own_x).square().mean().backward()
         assert set(seen) == set(names)
@@ -163,10 +166,10 @@ def test_hooks_fire_under_the_users_names_with_this_ranks_piece(solver: str) -> 
         for name in set(names) & set(traced.layers.index):
             layers = layouts_of(net, traced)
             region = layers[name].computed.region(position)
-            part = whole[name][tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))]
-            assert seen[name].shape == part.shape
+            expected = whole[name][tuple(slice(a, b) for a, b in zip(region.start, region.stop, strict=True))]
+            assert seen[name].shape == expected.shape
             if not layers[name].computed.axes_with(Whole.PARTIAL):
-                torch.testing.assert_close(seen[name], part)
+                torch.testing.assert_close(seen[name], expected)
         with pytest.raises(UsageError, match="never be called"):
             net.get_submodule("transfers").register_forward_hook(lambda *_: None)
 
@@ -177,7 +180,7 @@ def test_hooks_on_the_given_model_and_on_blocks() -> None:
     x, _ = images()
     fired: list[str] = []
 
-    def blocks() -> nn.Module:
+    def blocks() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU()), nn.Flatten(), nn.Linear(112, 5)).double()
 

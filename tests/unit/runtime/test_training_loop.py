@@ -15,7 +15,7 @@ from planner.errors import UsageError
 from planner.frontend.lower import TracedModel
 from runtime.module import ParallelModule
 from support.equality import run_ranks
-from support.loops import assert_equal, assert_pieces, build, gradients, images, loss_of, own, planned
+from support.loops import assert_equal, assert_pieces, build, gradient, gradients, images, loss_of, own, planned
 
 SOLVERS = ["data", "model", "model-in"]
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -117,7 +117,7 @@ def test_clipping_by_value_nonfinite_norms_and_what_is_refused() -> None:
         with pytest.raises(UsageError, match="counts tensors"):
             net.clip_grad_norm_(1.0, 0)
         if position == 1:
-            net.get_parameter("fc1.weight").grad[0, 0] = torch.nan
+            gradient(net, "fc1.weight")[0, 0] = torch.nan
         with pytest.raises(RuntimeError, match="non-finite"):  # on both ranks
             net.clip_grad_norm_(1.0, error_if_nonfinite=True)
         for parameter in net.parameters():
@@ -311,10 +311,10 @@ def test_a_module_converted_after_it_was_parallelized_trains_on() -> None:
         own_x, own_target = own(net, position, x, target)
         loss_of(net, own_x, own_target).backward()
         net.zero_grad()
-        net.float().to(memory_format=torch.channels_last)
-        for module in net.modules():
-            if hasattr(module, "running_mean"):
-                module.running_mean.zero_(), module.running_var.fill_(1.0)
+        net.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        for name, buffer in net.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.fill_(float(name.endswith("var")))
         loss_of(net, own_x.float(), own_target).backward()
         assert_pieces(net, gradients(net), whole, 1e-4)
 
