@@ -294,7 +294,7 @@ class ThreadCommunicator:
         return self._world.meet(members_of(self.mesh, self.position, axes), self.position, value)
 
     def _tensors(self, buffer: torch.Tensor, axes: Axes) -> list[torch.Tensor]:
-        found = self._meet(buffer.clone(), axes)
+        found = self._meet(_sent(buffer), axes)
         assert all(isinstance(b, torch.Tensor) for b in found)
         return found  # type: ignore[return-value]  # checked on the line above
 
@@ -334,7 +334,7 @@ class ThreadCommunicator:
         axes: Axes,
     ) -> torch.Tensor:
         index = members_of(self.mesh, self.position, axes).index(self.position)
-        everyone = self._meet(buffer.clone().split(list(send_counts)), axes)
+        everyone = self._meet(_sent(buffer).split(list(send_counts)), axes)
         parts = [parts[index] for parts in everyone]  # type: ignore[index]  # tuples of tensors, as put in above
         assert [p.numel() for p in parts] == list(receive_counts)
         return torch.cat(parts)
@@ -355,6 +355,12 @@ class ThreadCommunicator:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         tensor.data.copy_(self._tensors(tensor, tuple(range(len(self.mesh.axes))))[0])
+
+
+def _sent(buffer: torch.Tensor) -> torch.Tensor:
+    """Return a copy of what a rank sends; the buffer may be used again at once."""
+    assert buffer.is_contiguous(), "real collectives take contiguous buffers only"
+    return buffer.clone()
 
 
 class _Done:

@@ -19,7 +19,7 @@ from planner.frontend.lower import TracedModel
 from planner.frontend.trace import attribute
 from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, is_boundary
-from planner.ir.layout import Layout
+from planner.ir.layout import Layout, Whole
 from planner.ir.rules import InputOutput, io_splits, is_legal, layouts, legal_splits
 from planner.ir.split import LayerId, Split, Strategy
 from planner.plan.schema import CostPart, LayerPart, Plan
@@ -116,7 +116,13 @@ def _held(traced: TracedModel, plan: Plan) -> dict[str, Layout]:
 
 
 def _params(layer: Layer, found: tuple[Layout, ...]) -> dict[str, Layout]:
-    return {parameter.name: layout for parameter, layout in zip(layer.params, found, strict=True)}
+    """Return how parameters lie, by name; of what has no gradient, copies are copies."""
+    return {
+        parameter.name: layout
+        if parameter.trainable
+        else layout.with_placements(tuple(Whole.EQUAL if p is Whole.SHARED else p for p in layout.placements))
+        for parameter, layout in zip(layer.params, found, strict=True)
+    }
 
 
 def lower_evaluation(

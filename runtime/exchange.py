@@ -117,7 +117,7 @@ def _all_gather(step: Step, communicator: Communicator) -> Run:
     whole = step.target.region(communicator.position).shape
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        found = communicator.all_gather(x.reshape(-1), counts, step.axes)
+        found = communicator.all_gather(x.contiguous().view(-1), counts, step.axes)
         if math.prod(whole[: step.dim]) == 1:
             return _in_format_of(x, found.view(whole))
         pieces = [p.view(s) for p, s in zip(found.split(counts), shapes, strict=True)]
@@ -207,10 +207,10 @@ class Conversion:
             )
         return source, target
 
-    def share(self, batch: Batch, communicator: Communicator) -> float:
-        """Return which share of the elements of the target this rank has; 1 where it has copies of all."""
-        target = self._resized(self.target, batch)
-        return target.region(communicator.position).volume / math.prod(target.shape)
+    def share(self, side: Layout, batch: Batch, communicator: Communicator) -> float:
+        """Return which share of the elements this rank has on a side, source or target; 1 where it has them all."""
+        layout = self._resized(side, batch)
+        return layout.region(communicator.position).volume / math.prod(layout.shape)
 
     def _resized(self, layout: Layout, batch: Batch) -> Layout:
         """Return a layout for another batch; where every axis cuts the samples, pieces are the users' own."""

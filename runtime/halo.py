@@ -336,8 +336,7 @@ class HaloCall:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         halo = self._halo(self.state.current_batch())
         if self.gradient_factor is not None and x.requires_grad:
-            factor = self.gradient_factor
-            x = ScaleGradient.apply(x, lambda: factor(self.state))
+            x = ScaleGradient.apply(x, functools.partial(self.gradient_factor, self.state.of_this_pass()))
         found: torch.Tensor = HaloConvolution.apply(*_cast(x, weight, bias), halo)
         return found
 

@@ -210,7 +210,8 @@ class Lowering:
         if self._fetches_halo(layer):
             return value
         conversion = self._conversion(layer, position)
-        factor = _of_input if is_input else (functools.partial(_of_output, conversion) if is_output else None)
+        of = _of_input if is_input else (_of_output if is_output else None)
+        factor = None if of is None else functools.partial(of, conversion)
         move = Redistribution(conversion, self._state, factor)
         return self._insert(layer, f"transfers.{_plain(layer.id)}", move, value)
 
@@ -514,9 +515,10 @@ class Lowering:
         piece = self._piece(layer, self._layouts[layer.id].computed)
         if not self._fetches_halo(layer):
             return on_piece(op, piece, torch.clone)  # it has a local form
-        factor = _of_input if isinstance(self._traced.layers[layer.inputs[0]].op, ir.Input) else None
-        overlapped = layer.id in self._overlapped
-        return HaloCall(self._conversion(layer, 0), Geometry.of(op, piece), overlapped, self._state, factor)
+        conversion, overlapped = self._conversion(layer, 0), layer.id in self._overlapped
+        is_input = isinstance(self._traced.layers[layer.inputs[0]].op, ir.Input)
+        factor = functools.partial(_of_input, conversion) if is_input else None
+        return HaloCall(conversion, Geometry.of(op, piece), overlapped, self._state, factor)
 
     def _resolved(self, layer: Layer, node: fx.Node, bias: Bias | None = None) -> fx.Node:
         """Turn what a layer computes into what its consumers see; behind it a bias is added."""
@@ -695,10 +697,12 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def _of_input(state: StepState) -> float:
-    return 1.0 / state.gradient_scale
+def _of_input(conversion: Conversion, state: StepState) -> float:
+    """Return what undoes ``_of_output``: a gradient of this rank's input is that of its own loss, as under DDP."""
+    share = conversion.share(conversion.source, state.current_batch(), state.communicator)
+    return 1.0 / (share * state.gradient_scale)
 
 
 def _of_output(conversion: Conversion, state: StepState) -> float:
     """Return the share of an output that this rank's loss is the mean of, times the scale of all gradients."""
-    return conversion.share(state.current_batch(), state.communicator) * state.gradient_scale
+    return conversion.share(conversion.target, state.current_batch(), state.communicator) * state.gradient_scale

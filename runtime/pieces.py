@@ -189,7 +189,8 @@ class Index:
     def on(self, device: torch.device) -> torch.Tensor:
         """Return the positions as a tensor on a device."""
         if device not in self._made:
-            self._made[device] = torch.tensor(self._positions, device=device)
+            with torch.inference_mode(False):  # it is used in training too
+                self._made[device] = torch.tensor(self._positions, device=device)
         return self._made[device]
 
 
