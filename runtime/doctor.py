@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from planner.ir.mesh import Mesh
 from planner.plan.schema import Plan
-from runtime.communicator import Axes, Communicator, members_of
+from runtime.comm.communicator import Axes, Communicator, members_of
+from runtime.comm.groups import ProcessGroups
+from runtime.comm.staging import communicator_of
 from runtime.data import own_samples
-from runtime.groups import ProcessGroups
 from runtime.launch import Process
 from runtime.module import ParallelModule
 from runtime.parallel import parallelize
-from runtime.staging import communicator_of
 
 Row: TypeAlias = dict[str, Any]
 """``where``, ``check``, ``seconds``, and a ``reason`` that is empty where the check passed."""

@@ -14,7 +14,7 @@ from planner.ir.rules import InputOutput, io_layout
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.plan.schema import Plan
-from runtime.exchange import Batch
+from runtime.comm.exchange import Batch
 
 REFUSED: Final = -1
 """A rank says so in place of its number of samples, so that no rank waits for it."""

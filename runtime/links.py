@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from planner.ir.mesh import Mesh, MeshAxis
-from runtime.communicator import Axes, TorchCommunicator, group_size
-from runtime.groups import ProcessGroups
+from runtime.comm.communicator import Axes, TorchCommunicator, group_size
+from runtime.comm.groups import ProcessGroups
 from runtime.launch import Process
 
 MESSAGE_BYTES: Final = (64, 2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26)

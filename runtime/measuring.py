@@ -19,7 +19,7 @@ from planner.measure.journal import JournalWriter
 from planner.measure.layers import LayerTimer, time_keys
 from runtime.launch import Process
 from runtime.links import measure_collectives
-from runtime.norms import Normalise
+from runtime.lowering.norms import Normalise
 from runtime.state import StepState
 from runtime.training import SilentCommunicator
 

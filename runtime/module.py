@@ -14,13 +14,13 @@ from planner.errors import MismatchError, UsageError
 from planner.ir.layout import Layout
 from planner.ir.rules import InputOutput
 from planner.plan.schema import Plan
+from runtime.comm.exchange import Batch
 from runtime.evaluation import Evaluation
-from runtime.exchange import Batch
 from runtime.feed import REFUSED, batch_of, refuse_other_region, takes_other_sizes
 from runtime.graphs import uncompiled
-from runtime.params import Held
-from runtime.reducer import Reducer
-from runtime.sharding import Shards
+from runtime.parameters.local import Held
+from runtime.parameters.reducer import Reducer
+from runtime.parameters.sharding import Shards
 from runtime.state import StepState, is_in_backward
 
 _MADE_ANEW = frozenset({"_graph", "_reducer", "_evaluator", "forward"})

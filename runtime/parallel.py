@@ -15,15 +15,15 @@ from planner.frontend.prepare import buffers_written
 from planner.frontend.trace import empty_inputs, trace
 from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan, require_single_rank_count
-from runtime.communicator import Communicator, TorchCommunicator
+from runtime.comm.communicator import Communicator, TorchCommunicator
+from runtime.comm.groups import ProcessGroups
+from runtime.comm.staging import communicator_of
 from runtime.evaluation import Evaluation, evaluation_plan, lower_evaluation
 from runtime.feed import input_layouts
-from runtime.groups import ProcessGroups
-from runtime.lower import Lowering, communication_axes
+from runtime.lowering.lower import Lowering, communication_axes
 from runtime.module import ParallelModule, keep_hooks
-from runtime.params import broadcast_state, held, refuse_differing_models
-from runtime.sharding import Shards
-from runtime.staging import communicator_of
+from runtime.parameters.local import broadcast_state, held, refuse_differing_models
+from runtime.parameters.sharding import Shards
 from runtime.state import StepState
 
 __all__ = ["ParallelModule", "joined", "lower", "parallelize", "trace_for"]

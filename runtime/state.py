@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from runtime.communicator import Communicator
-from runtime.exchange import Batch
+from runtime.comm.communicator import Communicator
+from runtime.comm.exchange import Batch
 
 _KEPT: Final = 64
 """Forward passes whose numbers are kept, for when they are computed again."""

@@ -23,10 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from planner.plan.measured import Measured, layers_of, median_and_iqr
 from planner.plan.schema import Plan
-from runtime.communicator import Axes, Communicator, Pending
-from runtime.lower import LAYER
+from runtime.comm.communicator import Axes, Communicator, Pending
+from runtime.lowering.lower import LAYER
+from runtime.lowering.ops import Redistribution
 from runtime.module import ParallelModule
-from runtime.ops import Redistribution
 
 
 class Phase(StrEnum):

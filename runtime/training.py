@@ -17,7 +17,7 @@ from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
 from planner.ir.mesh import Mesh
 from planner.plan.schema import Plan
-from runtime.communicator import Axes, Pending
+from runtime.comm.communicator import Axes, Pending
 from runtime.data import own_part
 from runtime.launch import Process
 from runtime.parallel import joined, lower, parallelize, trace_for

@@ -78,9 +78,9 @@ def test_every_module_has_a_line_and_imports_point_downwards(path: Path) -> None
         ("planner.search.auto", "planner.cost.table", True),
         ("planner.api", "runtime.parallelize", True),
         ("planner.plan.build", "runtime.parallelize", False),
-        ("runtime.lower", "planner.search.auto", False),
-        ("runtime.lower", "planner.ir.rules", True),
-        ("runtime.lower", "planner.measure.layers", False),
+        ("runtime.lowering.lower", "planner.search.auto", False),
+        ("runtime.lowering.lower", "planner.ir.rules", True),
+        ("runtime.lowering.lower", "planner.measure.layers", False),
         ("planner.search.problem", "pulp", False),
     ],
 )

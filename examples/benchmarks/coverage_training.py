@@ -20,9 +20,9 @@ from planner.api import Options, Origin, Planner, machine_of
 from planner.frontend.lower import trace_layers
 from planner.frontend.source import LoadedModel, load_model
 from planner.ir.dimension import Dimension
+from runtime.comm.threads import run_ranks
 from runtime.data import own_samples
 from runtime.module import ParallelModule
-from runtime.threads import run_ranks
 
 PLANNED = "auto"
 STRATEGIES = (PLANNED, "data", "model", "spatial")

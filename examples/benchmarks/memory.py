@@ -22,7 +22,7 @@ from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
 from planner.measure.saved import SavedBytes
 from planner.plan import Plan
-from runtime.communicator import ThreadCommunicator, ThreadWorld
+from runtime.comm.communicator import ThreadCommunicator, ThreadWorld
 from runtime.data import own_samples
 from runtime.parallel import lower, trace_for
 

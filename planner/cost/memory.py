@@ -143,7 +143,7 @@ def kept_by_producer(layer: Layer, have: Layout, need: Layout, dtype: DType) -> 
     """Return the bytes of a layer's input that ``layer_bytes`` counts as moved although the producer keeps them.
 
     A layer's split alone does not tell. Where space is cut, a piece often stays where it is, and of a halo only the
-    neighbours' rows are new (``runtime.halo``).
+    neighbours' rows are new (``runtime.lowering.halo``).
     """
     products = isinstance(layer.op, Conv | ConvTranspose | Linear)
     if not products or not any(isinstance(p, int) and p >= _SPACE for p in need.placements):

@@ -34,9 +34,9 @@ Axes = tuple[int, ...]
 _LOCAL_VALUES = attrgetter(*(field.name for field in fields(LocalLayer) if field.name != "layer"))
 """What two pieces of one layer can differ in."""
 COLLECT_PASSES = 2
-"""How often a gradient is read or written on its way into the buffer that is reduced (``runtime.reducer``)."""
+"""How often a gradient is read or written on its way into the buffer of a reduction (``runtime.parameters``)."""
 GATHER_PASSES = 2
-"""How often a sharded parameter is read or written on its way out of the buffer of a gather (``runtime.shards``)."""
+"""How often a sharded parameter is read or written on its way out of the buffer of a gather; see above."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class StepPricer:
     def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of a step between ranks; what the bytes are of says ``planner.cost.moves.Move``.
 
-        The runtime copies into the buffer that is sent and out of the one that comes (``runtime.exchange``).
+        The runtime copies into the buffer that is sent and out of the one that comes (``runtime.comm.exchange``).
         """
         calls = {
             StepKind.ALL_REDUCE: self.all_reduce,

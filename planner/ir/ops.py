@@ -269,7 +269,7 @@ Op = (
     | Interpolate | PixelShuffle | Elementwise | Dropout | Concat | Reshape | Permute | Along | Reduce | PerSample
     | Custom | Softmax | Loss
 )  # fmt: skip
-"""Every operator kind. A new one needs a rule in ``planner.ir.rules`` and a lowering in ``runtime.lower``."""
+"""Every operator kind. A new one needs a rule in ``planner.ir.rules`` and a lowering in ``runtime.lowering.lower``."""
 
 
 def describe(op: Op) -> str:

@@ -212,7 +212,7 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
 def is_halo(source: Layout, target: Layout) -> bool:
     """Return whether a conversion only widens pieces: axes cut the same dimensions, and windows need neighbours' rows.
 
-    Both directions are then one exchange each, which the runtime can run beside computation (``runtime.halo``).
+    Both directions are then one exchange each, which the runtime can run beside computing (``runtime.lowering.halo``).
     """
     if source.placements != target.placements:
         return False

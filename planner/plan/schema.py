@@ -99,8 +99,8 @@ class CostPart(StrictModel):
 class LayerPart(StrictModel):
     """One layer: its split and what that is predicted to cost.
 
-    ``overlap``: compute while rows of neighbours are on their way, forward and backward (``runtime.halo``); of no
-    effect where the layer needs none, or gets them by another exchange.
+    ``overlap``: compute while rows of neighbours are on their way, forward and backward (``runtime.lowering.halo``); of
+    no effect where the layer needs none, or gets them by another exchange.
     """
 
     id: Name

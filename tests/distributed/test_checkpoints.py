@@ -9,8 +9,8 @@ import torch
 from planner.ir.dimension import Dimension
 from planner.plan import Plan
 from runtime import checkpoint
+from runtime.checkpoint.whole import Part
 from runtime.launch import run_local
-from runtime.whole import Part
 from support.checkpoints import OPTIMIZERS, any_plan, assert_equal, build, difference, groups, reference, train
 
 

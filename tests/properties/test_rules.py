@@ -25,7 +25,7 @@ from planner.ir.ops import Op
 from planner.ir.region import Region
 from planner.ir.rules import effects, is_legal, layouts
 from planner.ir.split import Split
-from runtime.pieces import Piece, on_piece
+from runtime.lowering.pieces import Piece, on_piece
 from support import layouts as some
 
 EXAMPLES = 400 if os.environ.get("LAYERWISE_FULL") else 50

@@ -16,11 +16,12 @@ from planner.api import Options, Origin, Planner, machine_of, prepare
 from planner.errors import LayerwiseError
 from planner.ir.region import Region
 from planner.plan import Plan
-from runtime import checkpoint, storage
+from runtime import checkpoint
+from runtime.checkpoint import storage
+from runtime.checkpoint.whole import Part
 from runtime.data import own_samples
 from runtime.launch import Process
 from runtime.parallel import parallelize
-from runtime.whole import Part
 from support.random_plans import random_plan
 
 BATCH = 8

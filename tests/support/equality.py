@@ -18,11 +18,11 @@ from planner.models.lenet import lenet5
 from planner.models.resnet import cifar_resnet
 from planner.models.vgg import vgg
 from planner.plan import Plan
+from runtime.comm.threads import run_ranks as run_ranks
 from runtime.data import own_samples
 from runtime.launch import Process
 from runtime.module import ParallelModule
 from runtime.parallel import parallelize, trace_for
-from runtime.threads import run_ranks as run_ranks
 
 torch.set_num_threads(1)  # the ranks are the threads; small tensors gain nothing from more
 

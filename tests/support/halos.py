@@ -18,7 +18,7 @@ from planner.models.cosmoflow import cosmoflow
 from planner.models.resnet import Bottleneck, imagenet_resnet
 from planner.models.unet3d import unet3d
 from planner.plan import Plan
-from runtime.communicator import ThreadCommunicator
+from runtime.comm.communicator import ThreadCommunicator
 from runtime.launch import Process
 from runtime.module import ParallelModule
 from runtime.parallel import parallelize, trace_for

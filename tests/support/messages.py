@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from planner.ir.mesh import Mesh
-from runtime.communicator import TorchCommunicator
-from runtime.groups import ProcessGroups
+from runtime.comm.communicator import TorchCommunicator
+from runtime.comm.groups import ProcessGroups
+from runtime.comm.messages import LARGE_BYTES
 from runtime.launch import Process
-from runtime.messages import LARGE_BYTES
 
 AXES = (0,)
 LARGE = LARGE_BYTES // 4 + 3

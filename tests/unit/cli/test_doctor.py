@@ -13,7 +13,7 @@ from planner.errors import RunError
 from planner.ir.mesh import Mesh
 from planner.measure.surroundings import surroundings
 from runtime import doctor
-from runtime.communicator import Communicator, ThreadCommunicator, ThreadWorld
+from runtime.comm.communicator import Communicator, ThreadCommunicator, ThreadWorld
 from support.command_line import layerwise
 
 METHODS = {name for name in vars(Communicator) if not name.startswith("_")}

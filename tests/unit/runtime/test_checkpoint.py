@@ -19,11 +19,12 @@ from planner.errors import MismatchError, RunError, UsageError
 from planner.frontend.lower import TracedModel
 from planner.ir.region import Region
 from planner.plan import Plan
-from runtime import checkpoint, storage
+from runtime import checkpoint
+from runtime.checkpoint import saving, storage
+from runtime.checkpoint.generators import generators, restore_generators
+from runtime.checkpoint.whole import Part
 from runtime.data import own_samples
-from runtime.generators import generators, restore_generators
 from runtime.module import ParallelModule
-from runtime.whole import Part
 from support.checkpoints import (
     OPTIMIZERS,
     TOLERANCE,
@@ -47,7 +48,7 @@ def save_on_threads(plan: Plan, folder: Path, make: Make, dropout: float = 0.0, 
         train(net, optimizer, own_samples(plan, plan.mesh.ranks[position]))
         scheduler.step()
         extra = {"scheduler": scheduler.state_dict(), "note": "here"}
-        return checkpoint._job(Part.of(net), optimizer, folder, 3, extra)
+        return saving._job(Part.of(net), optimizer, folder, 3, extra)
 
     storage.write_together(run_ranks(lambda: build(dropout, seed), plan, work))
 

@@ -11,7 +11,7 @@ from planner.frontend.lower import TracedModel
 from planner.ir.dimension import Dimension
 from planner.ir.split import LayerId
 from planner.plan import Plan
-from runtime.communicator import Axes, ThreadCommunicator
+from runtime.comm.communicator import Axes, ThreadCommunicator
 from runtime.parallel import ParallelModule
 from support.equality import run_ranks
 

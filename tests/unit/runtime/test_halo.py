@@ -10,9 +10,9 @@ import torch
 from planner.ir.ops import Conv
 from planner.ir.region import Region
 from planner.ir.tensor import DType, TensorSpec
-from runtime.communicator import Axes, ThreadCommunicator
-from runtime.halo import Geometry
-from runtime.pieces import Piece
+from runtime.comm.communicator import Axes, ThreadCommunicator
+from runtime.lowering.halo import Geometry
+from runtime.lowering.pieces import Piece
 from support.halos import CASES, NETWORKS, num_halos, on_threads, planner_for, spatial_plan
 
 

@@ -10,11 +10,11 @@ from torch.nn import functional
 from planner.api import plan_model
 from planner.errors import MismatchError
 from planner.frontend.lower import TracedModel
-from runtime.communicator import ThreadCommunicator, ThreadWorld
+from runtime.comm.communicator import ThreadCommunicator, ThreadWorld
+from runtime.comm.packing import format_of
+from runtime.lowering.ops import Redistribution
 from runtime.module import ParallelModule
-from runtime.ops import Redistribution
-from runtime.packing import format_of
-from runtime.params import refuse_differing_models
+from runtime.parameters.local import refuse_differing_models
 from support.equality import run_ranks
 from support.loops import assert_equal, assert_pieces, build, gradients, images, loss_of, own, planned
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from planner.frontend.lower import TracedModel
 from runtime.amp import GradScaler
+from runtime.lowering.ops import Redistribution
 from runtime.module import ParallelModule
-from runtime.ops import Redistribution
 from support.equality import run_ranks
 from support.loops import assert_equal, build, gradient, gradients, images, loss_of, own, piece, planned
 

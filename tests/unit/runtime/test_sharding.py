@@ -15,9 +15,9 @@ from planner.cost.simulate import simulate
 from planner.errors import UsageError
 from planner.frontend.lower import TracedModel
 from planner.plan import Plan
-from runtime.communicator import Axes, Pending, ThreadCommunicator
+from runtime.checkpoint.whole import full_state_dict
+from runtime.comm.communicator import Axes, Pending, ThreadCommunicator
 from runtime.module import ParallelModule
-from runtime.whole import full_state_dict
 from support.equality import TOLERANCE, on_threads, own_parts, planner_for, random_plan, run_ranks
 
 SHARDINGS = ("optimizer", "full")

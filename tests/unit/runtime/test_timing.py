@@ -17,7 +17,7 @@ from planner.ir.rules import layouts, reduced_axes
 from planner.ir.transfer import steps
 from planner.plan import Plan
 from planner.plan.measured import Measured, read_measured
-from runtime.communicator import Axes, Pending, ThreadCommunicator, ThreadWorld
+from runtime.comm.communicator import Axes, Pending, ThreadCommunicator, ThreadWorld
 from runtime.data import own_samples
 from runtime.parallel import ParallelModule
 from runtime.timing import (

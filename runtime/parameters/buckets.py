@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from runtime.communicator import Axes, Communicator, Pending
-from runtime.shards import Bundle
+from runtime.comm.communicator import Axes, Communicator, Pending
+from runtime.parameters.shards import Bundle
 
 
 class Bucket(Protocol):

@@ -13,9 +13,9 @@ from torch.autograd import Variable
 
 from planner.errors import RunError
 from planner.ir.bucket import fill_buckets
-from runtime.buckets import Bucket, RowBucket, WholeBucket
-from runtime.communicator import Axes, Communicator, group_size
-from runtime.shards import Bundle, Shard
+from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.parameters.buckets import Bucket, RowBucket, WholeBucket
+from runtime.parameters.shards import Bundle, Shard
 
 T = TypeVar("T")
 

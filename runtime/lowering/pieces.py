@@ -23,8 +23,8 @@ from planner.ir.halo import AdaptiveWindow, InterpolationWindow, Window
 from planner.ir.region import Region
 from planner.ir.rules import interpolation_step
 from planner.ir.tensor import TensorSpec
-from runtime.ops import reshape_piece
-from runtime.products import ProductCall, padded
+from runtime.lowering.ops import reshape_piece
+from runtime.lowering.products import ProductCall, padded
 
 Local = Callable[..., torch.Tensor]
 """From local inputs, then parameters by their role (``weight=``), to a tensor."""

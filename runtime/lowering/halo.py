@@ -24,10 +24,10 @@ from planner.ir import ops as ir
 from planner.ir.halo import Window
 from planner.ir.region import Region
 from planner.ir.transfer import StepKind, steps
-from runtime.communicator import Communicator
-from runtime.exchange import MAX_BATCH_SIZES, Batch, Conversion, ScaleGradient, exchange_of, named
-from runtime.packing import Exchange, Narrows, narrowed, narrows_of, new_like
-from runtime.pieces import Piece
+from runtime.comm.communicator import Communicator
+from runtime.comm.exchange import MAX_BATCH_SIZES, Batch, Conversion, ScaleGradient, exchange_of, named
+from runtime.comm.packing import Exchange, Narrows, narrowed, narrows_of, new_like
+from runtime.lowering.pieces import Piece
 from runtime.state import StepState
 
 Box = tuple[tuple[int, int], ...]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from planner.ir.mesh import Mesh
-from runtime.communicator import Axes, Pending, TorchCommunicator
-from runtime.groups import ProcessGroups
+from runtime.comm.communicator import Axes, Pending, TorchCommunicator
+from runtime.comm.groups import ProcessGroups
 
 
 class StagedCommunicator(TorchCommunicator):

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional
 
 from planner.ir import ops as ir
-from runtime.communicator import Axes, Communicator, group_size
+from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
-from runtime.packing import format_of
-from runtime.products import scaled
+from runtime.lowering.products import scaled
 from runtime.state import StepState
 
 
@@ -149,7 +149,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         wide = mean.dtype
         x = x.to(wide)
-        dy = gradients[0].to(wide).contiguous(memory_format=format_of(x))  # see runtime.ops.steadied
+        dy = gradients[0].to(wide).contiguous(memory_format=format_of(x))  # see runtime.lowering.ops.steadied
         scale = torch.ones_like(mean) if weight is None else weight.to(wide)
         # with the statistics as constants, in one pass: what is missing is what flows through them
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(

@@ -14,7 +14,7 @@ from torch import nn
 from planner.errors import RunError, UsageError
 from planner.ir.layout import Interval, balanced_pieces
 from planner.ir.split import LayerId
-from runtime.communicator import Axes, Communicator
+from runtime.comm.communicator import Axes, Communicator
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A part of a tensor and its place in a message."""

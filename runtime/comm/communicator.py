@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from planner.errors import RunError
 from planner.ir.mesh import Mesh
-from runtime.groups import ProcessGroups
-from runtime.messages import is_direct, is_small, start_messages
+from runtime.comm.groups import ProcessGroups
+from runtime.comm.messages import is_direct, is_small, start_messages
 
 Axes = tuple[int, ...]
 

@@ -6,7 +6,7 @@ operators find whole parameters there.
 
 - ``optimizer``: parameters stay whole, the rows are a part of them. What other ranks updated is gathered in front of
   the forward pass that follows.
-- ``full``: a rank has its rows only; ``runtime.gathers`` makes parameters whole, layer by layer.
+- ``full``: a rank has its rows only; ``runtime.parameters.gathers`` makes parameters whole, layer by layer.
 """
 
 from collections import deque
@@ -24,11 +24,11 @@ from planner.ir.graph import Layer
 from planner.ir.layout import Layout
 from planner.ir.rows import row_axes, row_region
 from planner.ir.split import LayerId
-from runtime.communicator import Axes, Communicator, Pending, group_size, members_of
-from runtime.gathers import Gathers
-from runtime.params import Held
-from runtime.reducer import MAX_IN_FLIGHT, Reducer
-from runtime.shards import Bundle, Shard, naming
+from runtime.comm.communicator import Axes, Communicator, Pending, group_size, members_of
+from runtime.parameters.gathers import Gathers
+from runtime.parameters.local import Held
+from runtime.parameters.reducer import MAX_IN_FLIGHT, Reducer
+from runtime.parameters.shards import Bundle, Shard, naming
 
 Ready = Sequence[tuple[str, nn.Parameter, Axes]]
 """Name, parameter and axes to reduce over, in the order in which backward makes the gradients ready."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from planner.frontend.lower import TracedModel
 from planner.plan.schema import Plan
-from runtime.communicator import ThreadCommunicator, ThreadWorld
+from runtime.comm.communicator import ThreadCommunicator, ThreadWorld
 from runtime.module import ParallelModule
 from runtime.parallel import lower, trace_for
 

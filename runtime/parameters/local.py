@@ -16,7 +16,7 @@ from planner.ir.mesh import Mesh
 from planner.ir.region import Region
 from planner.ir.rules import LayerLayouts
 from planner.ir.split import LayerId
-from runtime.communicator import Axes, Communicator, group_size
+from runtime.comm.communicator import Axes, Communicator, group_size
 
 
 @dataclass(frozen=True)

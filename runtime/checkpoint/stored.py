@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from planner.errors import RunError, UsageError
 from planner.ir.region import Region
-from runtime.storage import METADATA, chunk, previous, unfinished
+from runtime.checkpoint.storage import METADATA, chunk, previous, unfinished
 
 
 def exists(folder: Path) -> bool:

@@ -28,13 +28,13 @@ from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.ir.transfer import is_halo, steps
 from planner.plan.schema import Plan
-from runtime.chance import Dropout, Seeded, shard_key
-from runtime.communicator import Axes
-from runtime.exchange import Conversion
-from runtime.group_norm import GroupNormOverSpace
-from runtime.halo import Geometry, HaloCall
-from runtime.norms import BatchNorm, Normalise
-from runtime.ops import (
+from runtime.comm.communicator import Axes
+from runtime.comm.exchange import Conversion
+from runtime.lowering.chance import Dropout, Seeded, shard_key
+from runtime.lowering.group_norm import GroupNormOverSpace
+from runtime.lowering.halo import Geometry, HaloCall
+from runtime.lowering.norms import BatchNorm, Normalise
+from runtime.lowering.ops import (
     InTraining,
     LocalLoss,
     LocalMeanOfClasses,
@@ -43,9 +43,9 @@ from runtime.ops import (
     steadied,
     written_items,
 )
-from runtime.params import LocalParameters
-from runtime.pieces import Local, Piece, broadcast_index, on_piece
-from runtime.products import Bias, OfArguments, Product, scaled
+from runtime.lowering.pieces import Local, Piece, broadcast_index, on_piece
+from runtime.lowering.products import Bias, OfArguments, Product, scaled
+from runtime.parameters.local import LocalParameters
 from runtime.state import BatchSize, StepState
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
@@ -221,7 +221,7 @@ class Lowering:
         return Conversion(have, need, f"{producer.id} for {layer.id}", _samples(producer.output))
 
     def _fetches_halo(self, layer: Layer) -> bool:
-        """Return whether a layer's operator gets the rows of neighbours itself (``runtime.halo``)."""
+        """Return whether a layer's operator gets the rows of neighbours itself (``runtime.lowering.halo``)."""
         if not isinstance(layer.op, ir.Conv) or layer.op.computed_weight or layer.op.padding_mode != "zeros":
             return False
         return is_halo(self._layouts[layer.inputs[0]].output, self._layouts[layer.id].inputs[0])

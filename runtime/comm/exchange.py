@@ -13,8 +13,8 @@ from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.layout import Cut, Layout
 from planner.ir.region import Region
 from planner.ir.transfer import Step, StepKind, steps, transfers
-from runtime.communicator import Communicator, members_of
-from runtime.packing import Exchange, format_of, new_like
+from runtime.comm.communicator import Communicator, members_of
+from runtime.comm.packing import Exchange, format_of, new_like
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 

@@ -14,10 +14,10 @@ from torch import nn
 from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
-from runtime.communicator import Communicator
-from runtime.groups import files_group
+from runtime.comm.communicator import Communicator
+from runtime.comm.groups import files_group
 from runtime.module import ParallelModule
-from runtime.params import Held, held
+from runtime.parameters.local import Held, held
 from runtime.state import StepState
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from planner.ir.transfer import StepKind
-from runtime.communicator import Axes, Communicator, group_size
-from runtime.exchange import named
+from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.comm.exchange import named
 from runtime.graphs import uncompiled
 from runtime.state import StepState
 

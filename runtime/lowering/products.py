@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from planner.ir import ops as ir
-from runtime.exchange import ScaleGradient
+from runtime.comm.exchange import ScaleGradient
 
 _CONVOLUTIONS: Any = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)

@@ -15,11 +15,11 @@ from torch import nn
 
 from planner.frontend.proxy import write_items
 from planner.ir.transfer import StepKind
-from runtime.communicator import Axes, Communicator
-from runtime.exchange import Conversion, Convert, ScaleGradient, named
+from runtime.comm.communicator import Axes, Communicator
+from runtime.comm.exchange import Conversion, Convert, ScaleGradient, named
+from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
-from runtime.packing import format_of
-from runtime.products import scaled
+from runtime.lowering.products import scaled
 from runtime.state import StepState
 
 

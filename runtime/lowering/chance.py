@@ -10,7 +10,7 @@ from torch import nn
 
 from planner.ir import ops as ir
 from planner.ir.mesh import Mesh
-from runtime.communicator import Axes
+from runtime.comm.communicator import Axes
 from runtime.graphs import uncompiled
 from runtime.state import StepState
 

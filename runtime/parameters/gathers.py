@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 
 from planner.ir.split import LayerId
-from runtime.communicator import Communicator, Pending
+from runtime.comm.communicator import Communicator, Pending
 from runtime.graphs import uncompiled
-from runtime.products import Bias
-from runtime.shards import Bundle, Shard, naming
+from runtime.lowering.products import Bias
+from runtime.parameters.shards import Bundle, Shard, naming
 
 NAME = "gathers"
 """Under which the graph's modules that gather are."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from planner.errors import MismatchError, UsageError
 from planner.ir.region import Region
-from runtime.params import Held
-from runtime.whole import Part, whole_tensor
+from runtime.checkpoint.whole import Part, whole_tensor
+from runtime.parameters.local import Held
 
 OPTIONS_OF_THE_MACHINE: Final = {"foreach", "fused", "capturable", "differentiable"}
 """Options of a parameter group that say how a step is computed; they stay as they are when a state is loaded."""

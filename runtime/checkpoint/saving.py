@@ -2,7 +2,7 @@
 
 A checkpoint is a folder that all ranks see. It holds whole tensors in pieces (weights and buffers of the state dict,
 the optimizer's state by the names of parameters), and what a run needs to go on: the step, the seed of everything
-random in the network, torch's generators of every rank, and what the user adds. ``runtime.storage`` has the format.
+random in the network, torch's generators of every rank, and what the user adds. ``storage`` has the format.
 """
 
 import io
@@ -22,27 +22,20 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from planner.errors import LayerwiseError, MismatchError, UsageError
 from planner.ir.region import Region
-from runtime import storage, stored
-from runtime.generators import generators, restore_generators
-from runtime.groups import saving_group
-from runtime.optimizers import (
+from runtime.checkpoint import storage, stored
+from runtime.checkpoint.generators import generators, restore_generators
+from runtime.checkpoint.optimizers import (
     OptimizerPart,
     State,
-    full_optimizer_state_dict,
-    load_full_optimizer,
     matched,
     parameter_names,
     restore,
     target,
 )
-from runtime.storage import Entry, Job
-from runtime.stored import Stored
-from runtime.whole import Part, export, full_state_dict, load_full, refuse_differences, source_of
-
-__all__ = [
-    "Resumed", "Saving", "exists", "export", "full_optimizer_state_dict", "full_state_dict", "load", "load_full",
-    "load_full_optimizer", "save", "start_saving",
-]  # fmt: skip
+from runtime.checkpoint.storage import Entry, Job
+from runtime.checkpoint.stored import Stored
+from runtime.checkpoint.whole import Part, refuse_differences, source_of
+from runtime.comm.groups import saving_group
 
 FORMAT: Final = 1
 _ABOUT: Final = "about"

@@ -14,7 +14,7 @@ import torch
 
 from planner.ir.region import Region
 from planner.ir.transfer import Step, Transfer
-from runtime.communicator import Axes, Communicator, members_of
+from runtime.comm.communicator import Axes, Communicator, members_of
 
 Narrows = tuple[tuple[int, int, int], ...]
 """Of every dimension that is cut: itself, the first position, how many."""

@@ -1,0 +1,1 @@
+"""How ranks talk: groups, collectives, and the exchange of regions."""

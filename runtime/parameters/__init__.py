@@ -1,0 +1,1 @@
+"""What a rank holds of parameters, and how gradients are reduced."""
