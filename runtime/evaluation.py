@@ -23,8 +23,9 @@ from planner.ir.layout import Layout, Whole
 from planner.ir.rules import InputOutput, io_splits, is_legal, layouts, legal_splits
 from planner.ir.split import LayerId, Split, Strategy
 from planner.plan.schema import CostPart, LayerPart, Plan
-from runtime.lowering.lower import LAYER, Lowered, Lowering
+from runtime.lowering.lower import Lowered, Lowering
 from runtime.lowering.products import Bias
+from runtime.lowering.rewriting import LAYER
 from runtime.state import StepState
 
 _NO_COST = CostPart(compute_s=0, transfer_s=0, halo_s=0, sync_s=0, exposed_s=0)

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from planner.plan.measured import Measured, layers_of, median_and_iqr
 from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes, Communicator, Pending
-from runtime.lowering.lower import LAYER
 from runtime.lowering.ops import Redistribution
+from runtime.lowering.rewriting import LAYER
 from runtime.module import ParallelModule
 
 

@@ -31,7 +31,7 @@ from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.plan import Plan
 from planner.space.enumerate import DEFAULT_DIMENSIONS
 from runtime.launch import run_local
-from runtime.lowering.lower import LAYER
+from runtime.lowering.rewriting import LAYER
 from runtime.parallel import ParallelModule, lower, trace_for
 from runtime.training import DDP, SilentCommunicator
 

@@ -130,7 +130,8 @@ def measured(network: str, rates: Sequence[str], rounds: int, budget_s: float) -
 def plans_of(planner: Planner) -> dict[str, Plan]:
     """Return the plan that computes what its rivals do, and with batch norm also the one that equals one device."""
     graph = planner.traced.layers
-    if graph.batch == 1 or not any(isinstance(layer.op, ir.BatchNorm) for layer in graph.layers):
+    operators = (part.op for layer in graph.layers for part in (layer, *layer.absorbed))
+    if graph.batch == 1 or not any(isinstance(op, ir.BatchNorm) for op in operators):
         return {PLANNED: planner.plan()}
     return {PLANNED: plan_with(planner, sync_batch_norm=False), SYNCHRONISED: planner.plan()}
 

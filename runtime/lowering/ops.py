@@ -22,6 +22,9 @@ from runtime.graphs import uncompiled
 from runtime.lowering.products import scaled
 from runtime.state import StepState
 
+Factor = Callable[[StepState], float]
+"""Of a gradient; asked for in the backward pass."""
+
 
 class Redistribution(nn.Module):
     """Turns a tensor from one layout into another, and its gradient back.
@@ -29,27 +32,34 @@ class Redistribution(nn.Module):
     Args:
         conversion: both layouts.
         state: of this rank.
-        gradient_factor: multiplies the gradient behind the conversion; a function of the state.
+        source_factor, target_factor: multiply the gradient of the source and of the target; functions of the state.
     """
 
     def __init__(
         self,
         conversion: Conversion,
         state: StepState,
-        gradient_factor: Callable[[StepState], float] | None = None,
+        source_factor: Factor | None = None,
+        target_factor: Factor | None = None,
     ) -> None:
         super().__init__()
-        self._conversion, self._state, self._factor = conversion, state, gradient_factor
+        self._conversion, self._state = conversion, state
+        self._source_factor, self._target_factor = source_factor, target_factor
 
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         state = self._state
+        x = self._scaled(x, self._source_factor)
         if not self._conversion.is_trivial:
             forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
             x = Convert.apply(x, forward, backward)
-        if self._factor is not None and x.requires_grad:
-            x = ScaleGradient.apply(x, functools.partial(self._factor, state.of_this_pass()))
-        return x
+        return self._scaled(x, self._target_factor)
+
+    def _scaled(self, x: torch.Tensor, factor: Factor | None) -> torch.Tensor:
+        if factor is None or not x.requires_grad:
+            return x
+        found: torch.Tensor = ScaleGradient.apply(x, functools.partial(factor, self._state.of_this_pass()))
+        return found
 
     def extra_repr(self) -> str:
         return self._conversion.name

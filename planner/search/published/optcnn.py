@@ -109,9 +109,8 @@ def optcnn_problem(table: CostTable, formulation: Formulation) -> OptcnnProblem:
     """Return OptCNN's problem on the splits of a table that cut outputs only."""
     graph = table.space.graph
     allowed = {
-        j: [o for o, split in enumerate(table.space.splits[layer.id]) if _is_of_outputs(split)]
-        for j, layer in enumerate(graph.layers) if _has_costs(layer)
-    }  # fmt: skip
+        j: _of_outputs(table.space.splits[layer.id]) for j, layer in enumerate(graph.layers) if _has_costs(layer)
+    }
     small, restricted = formulation.pinned(allowed)
     node_s = [np.zeros(len(costs)) for costs in restricted.node_s]
     node_bytes = [np.zeros(len(costs)) for costs in restricted.node_s]
@@ -140,6 +139,11 @@ def optcnn_problem(table: CostTable, formulation: Formulation) -> OptcnnProblem:
                     key, own = ((u, v), matrix) if u < v else ((v, u), matrix.T)
                     total[key] = total[key] + own if key in total else own
     return OptcnnProblem(Problem(tuple(node_s), edge_s), small, tuple(node_bytes), edge_bytes, graph)
+
+
+def _of_outputs(splits: Sequence[Split]) -> list[int]:
+    """Return the positions of splits that cut outputs only; all, where the user pins a layer to another one."""
+    return [o for o, split in enumerate(splits) if _is_of_outputs(split)] or [*range(len(splits))]
 
 
 def _is_of_outputs(split: Split) -> bool:

@@ -16,6 +16,7 @@ from planner.ir.split import LayerId, Split
 from planner.plan import Plan
 from runtime.data import own_part
 from runtime.module import ParallelModule
+from runtime.parallel import lower, trace_for
 from support.equality import run_ranks
 from support.loops import assert_equal, assert_pieces, gradients, own
 
@@ -251,3 +252,37 @@ def test_inputs_may_be_split_in_different_ways() -> None:
             net(mine[0], mine[1][:3])
 
     run_ranks(made, plan, work)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.conv(x))
+
+
+@pytest.mark.parametrize("solver", ["data", "model", "spatial"])
+def test_chained_modules_have_the_gradients_of_one_network(solver: str) -> None:
+    """The gradient that the second module gives its input goes on into the first one."""
+
+    def encoder() -> nn.Module:
+        torch.manual_seed(1)
+        return Encoder().double()
+
+    x, target = images(5)
+    first, second = encoder(), build()
+    functional.cross_entropy(second(first(x)), target).backward()
+    plan = plan_model(encoder(), (images()[0],), devices=2, solver=solver, all_devices=True)
+    models = [encoder(), encoder()]
+    traces = [trace_for(model, plan) for model in models]  # not in a thread: fx patches modules globally
+
+    def work(net: ParallelModule, _: TracedModel, position: int) -> None:
+        front = lower(models[position], traces[position], plan, net._state.communicator)
+        images_, target_ = own(net, position, x, target)
+        functional.cross_entropy(net(front(images_)), target_).backward()
+        assert_equal(net, second)
+        assert_equal(front, first)
+
+    run_ranks(build, planned(solver), work)
