@@ -18,7 +18,7 @@ from planner.ir import ops as ir
 from planner.ir.graph import Layer
 from planner.ir.layout import Whole
 from planner.ir.rules import reduced_axes, spatial_axes
-from planner.ir.transfer import is_halo, steps
+from planner.ir.transfer import steps
 from runtime.comm.exchange import Conversion
 from runtime.lowering.chance import Dropout, shard_key
 from runtime.lowering.group_norm import GroupNormOverSpace
@@ -39,12 +39,6 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 
 class Operators(Rewriting):
     """Replaces operators; one method for each kind that must know its split."""
-
-    def _fetches_halo(self, layer: Layer) -> bool:
-        """Return whether a layer's operator gets the rows of neighbours itself (``runtime.lowering.halo``)."""
-        if not isinstance(layer.op, ir.Conv) or layer.op.computed_weight or layer.op.padding_mode != "zeros":
-            return False
-        return is_halo(self._layouts[layer.inputs[0]].output, self._layouts[layer.id].inputs[0])
 
     def _operator(self, layer: Layer, node: fx.Node, op: ir.Op, *, is_main: bool) -> fx.Node:  # noqa: PLR0911  # a table of kinds
         """Replace an operator by its version for this rank; return the node with its result."""

@@ -17,7 +17,7 @@ from planner.ir.layout import Layout, Whole
 from planner.ir.rules import layouts
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
-from planner.ir.transfer import steps
+from planner.ir.transfer import is_halo, steps
 from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes
 from runtime.comm.exchange import Conversion
@@ -76,6 +76,12 @@ class Rewriting:
         target_factor = functools.partial(of_output, conversion) if is_output else None
         move = Redistribution(conversion, self._state, source_factor, target_factor)
         return self._insert(layer, f"transfers.{identifier(layer.id)}", move, value)
+
+    def _fetches_halo(self, layer: Layer) -> bool:
+        """Return whether a layer's operator gets the rows of neighbours itself (``runtime.lowering.halo``)."""
+        if not isinstance(layer.op, ir.Conv) or layer.op.computed_weight or layer.op.padding_mode != "zeros":
+            return False
+        return is_halo(self._layouts[layer.inputs[0]].output, self._layouts[layer.id].inputs[0])
 
     def _insert(self, layer: Layer, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
         """Call a new module of a layer on a value, right behind it; return the node with the result."""
