@@ -70,7 +70,6 @@ def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_pre
                  "forward", "exposed gradient sync", "optimizer", "step"):  # fmt: skip
         assert any(row.startswith(name) for row in rows), done.stdout
     assert "this is another machine" in done.stderr
-    assert "this is another machine" in done.stderr
     plan = Plan.load(folder / "plan.json")
     found = read_measured(folder / "run.json", plan)
     assert len(found.steps_s) == len(found.instrumented_steps_s) == 3
@@ -81,8 +80,9 @@ def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_pre
     parts_s += found.gathering_s + found.exposed_sync_s + found.optimizer_s + found.other_s
     assert parts_s == pytest.approx(found.instrumented_step_s)
     trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    lengths = {pid: sum(e["dur"] for e in trace if e["ph"] == "X" and e["pid"] == pid) for pid in (0, 1)}
-    assert lengths[found.rank] == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
+    spans = [e for e in trace if e["ph"] == "X" and e["pid"] == found.rank]
+    in_turn = [e for e in spans if not e["cat"].startswith("reduction")]  # reductions run beside the rest
+    assert sum(e["dur"] for e in in_turn) == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
     calibrated = layerwise("calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
     assert calibrated.code == 0, calibrated.err
 
