@@ -154,6 +154,11 @@ def sample_size(x: torch.Tensor, dim: int, rows: int, multiple: int) -> int:
     return x.shape[dim] // rows * multiple
 
 
+def is_count(node: fx.Node) -> bool:
+    """Return whether a node is a number of samples."""
+    return node.target is sample_size
+
+
 def sample_dim_of(node: fx.Node) -> int | None:
     """Return the first dimension of a node's tensor whose size is a multiple of the batch."""
     value = node.meta.get("val")

@@ -5,12 +5,12 @@ from torch import fx
 
 from planner.errors import TraceError
 from planner.frontend.batch import PROBE
-from planner.frontend.calls import Call, holds_tensor, is_in_place
+from planner.frontend.calls import METADATA, Call, holds_tensor, is_in_place
 from planner.frontend.counting import flop_of
 from planner.frontend.drafts import Draft, Drafts, name_in_model, outputs, readers
 from planner.frontend.parameters import add_parameters, parameter_names
 from planner.frontend.recognize import recognize
-from planner.frontend.samples import MIXED, Samples, differs_by_sample, roles_of, samples_of, samples_of_nothing
+from planner.frontend.samples import MIXED, Samples, is_of_batch, roles_of, samples_of, samples_of_constant
 from planner.ir import ops
 from planner.ir.dimension import Dimension
 from planner.ir.tensor import TensorSpec
@@ -64,11 +64,13 @@ class Collector:
     def _call(self, call: Call) -> None:
         found, node = self._found, call.node
         data = found.data(call)
-        if not data and self._is_light(call) and not differs_by_sample(call):
-            found.constant.add(node)
-            return
+        if not data:
+            found.samples[node], is_layer = self._made(call)
+            if not is_layer:
+                found.constant.add(node)
+                return
         op = self._operator(call, data)
-        samples = samples_of(call, op, [(n, found.samples[n]) for n in data]) if data else samples_of_nothing(call)
+        samples = samples_of(call, op, [(n, found.samples[n]) for n in data]) if data else found.samples[node]
         if samples is MIXED or (samples is None and not isinstance(op, ops.Loss)):
             op = op if isinstance(op, ops.PerSample) else self._per_sample(call)  # run whole
         found.place(node, samples, roles_of(op, [found.specs[n] for n in data], call.shape, samples))
@@ -82,6 +84,12 @@ class Collector:
             if data and not isinstance(data[0].meta["val"], torch.Tensor):
                 draft.follows, draft.ops = found.of[data[0]], [ops.PerSample("result")]
         add_parameters(found, self._names, draft, call, op)
+
+    def _made(self, call: Call) -> tuple[Samples | None, bool]:
+        """Return how a function of constants holds the samples, and whether it is a layer."""
+        read = [] if call.name in METADATA else [(n, self._found.samples.get(n)) for n in call.tensors]
+        made = samples_of_constant(call, recognize(call, sum(samples is not None for _, samples in read)), read)
+        return made, is_of_batch(call, made, read) or not self._is_light(call)
 
     @staticmethod
     def _is_light(call: Call) -> bool:

@@ -18,6 +18,8 @@ def merge(found: Drafts) -> None:
         reader = None if draft in followed or draft.follows is not None else _only_reader(found, draft)
         if reader is None or _by_sample(found, draft) != _by_sample(found, reader):
             continue  # what mixes samples would seem to be split by them
+        if _by_sample(found, draft) and not _reads(found, draft):
+            continue  # made for the whole batch, of constants or at random
         if not _belongs_inside(found, draft, reader):
             continue
         if not isinstance(reader.op, ops.PerSample):
@@ -38,6 +40,12 @@ def _by_sample(found: Drafts, draft: Draft) -> bool:
     """Return whether a layer's result holds whole samples."""
     samples = found.samples[draft.last]
     return samples is not None and samples.dim is not None
+
+
+def _reads(found: Drafts, draft: Draft) -> bool:
+    """Return whether a layer reads results of others."""
+    own = set(draft.nodes)
+    return any(n not in own for node in draft.nodes for n in found.data(Call.of(node, found.root)))
 
 
 def _only_reader(found: Drafts, draft: Draft) -> Draft | None:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from planner.frontend.calls import SPELLINGS, Call, shape_of
+from planner.frontend.calls import SPELLINGS, Call, name_of, shape_of
 from planner.frontend.custom import custom_rule, is_custom
 from planner.frontend.views import each, interpolation, padding, reshape, view_operator
 from planner.ir import ops
@@ -194,6 +194,16 @@ def _of_function(call: Call, data: int) -> ops.Op | None:
     of_one = call.name in _ELEMENTWISE and data <= 1 and call.source == call.shape
     many = call.name in _ARITHMETIC and all(_broadcasts(shape_of(t), call.shape) for t in call.tensors)
     return ops.Elementwise(call.name) if of_one or many else None
+
+
+def values_of(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs of a node that it computes with: numbers among them are values, not sizes."""
+    name = name_of(node)
+    if name in _ELEMENTWISE | _ARITHMETIC:
+        return node.all_input_nodes
+    place = {"full": 1, "new_full": 2, "tensor": 0, "as_tensor": 0, "scalar_tensor": 0}.get(name)
+    given = [] if place is None else [*node.args[place : place + 1], node.kwargs.get("fill_value")]
+    return [value for value in given if isinstance(value, fx.Node)]
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

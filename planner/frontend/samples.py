@@ -15,8 +15,9 @@ from torch import fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from planner.errors import TraceError
-from planner.frontend.batch import PROBE
+from planner.frontend.batch import PROBE, is_count
 from planner.frontend.calls import RANDOM, Call, shape_of
+from planner.frontend.recognize import values_of
 from planner.ir import ops
 from planner.ir.dimension import SPACE, Dimension, Roles, image_roles
 from planner.ir.tensor import DType, TensorSpec
@@ -98,18 +99,41 @@ def samples_of(call: Call, op: ops.Op, inputs: list[tuple[fx.Node, Samples | Non
     return Samples(dim, call.shape[dim] // PROBE)
 
 
-def samples_of_nothing(call: Call) -> Samples | None:
-    """Return how a result holds the samples that is not computed from any: drawn for each, or ``MIXED``."""
+def samples_of_constant(call: Call, op: ops.Op, inputs: list[tuple[fx.Node, Samples | None]]) -> Samples | None:
+    """Return how the result of a function of constants holds the samples, as ``samples_of``.
+
+    ``MIXED`` where it is not the same for each sample; drawn at random, it is held as if it were.
+
+    Args:
+        call: the call.
+        op: its operator.
+        inputs: the constants that it reads, in order, and how they hold the samples.
+    """
     grown = [d for d, size in enumerate(call.shape) if size % PROBE == 0 and size]
-    if len(grown) == 1 and call.name in RANDOM:
-        return Samples(grown[0], call.shape[grown[0]] // PROBE)
-    return MIXED if grown else None
+    if not grown:
+        return None
+    rows = call.shape[grown[0]] // PROBE
+    if len(grown) > 1 or rows % PROBE == 0:
+        return MIXED
+    if call.name in RANDOM:
+        return Samples(grown[0], rows)
+    if any(samples is not None for _, samples in inputs):
+        return samples_of(call, op, inputs)
+    return MIXED if call.name in _NUMBERED or (inputs and call.name not in _FROM_ONE) else Samples(grown[0], rows)
 
 
-def differs_by_sample(call: Call) -> bool:
-    """Return whether a function of constants gives other values for other samples, so that it has to be one layer."""
-    grown = [d for d, size in enumerate(call.shape) if size % PROBE == 0 and size]
-    return len(grown) > 1 or (bool(grown) and call.name in _NUMBERED | RANDOM)
+def is_of_batch(call: Call, samples: Samples | None, inputs: list[tuple[fx.Node, Samples | None]]) -> bool:
+    """Return whether a function of constants has to be one layer: a piece of the batch alone would give other values.
+
+    Args:
+        call: the call.
+        samples: of ``samples_of_constant``.
+        inputs: the constants that it reads, and how they hold the samples.
+    """
+    if samples is None:  # it sums or picks samples
+        sizes = set(call.node.all_input_nodes) - set(values_of(call.node))
+        return any(held is not None for _, held in inputs) or any(map(is_count, sizes))
+    return samples == MIXED or call.name in RANDOM
 
 
 def _mixes(call: Call, op: ops.Op, source: Shape, before: int, dim: int) -> bool:  # noqa: PLR0911  # a table of kinds

@@ -170,11 +170,11 @@ class CoordConv(nn.Module):
 
 
 class SinePositions(nn.Module):
-    """Positions as sines of cumulative sums, as in DETR, added to features that queries then read."""
+    """Positions as sines of cumulative sums, as in DETR and EdgeNeXt, added to features that queries then read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.queries = block(3, 8, stride=2), nn.Embedding(4, 8)
+        self.stem, self.queries, self.project = block(3, 8, stride=2), nn.Embedding(4, 8), nn.Conv2d(8, 8, 1)
         self.attention, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,8 @@ class SinePositions(nn.Module):
         scale = 10 ** (torch.arange(2, dtype=torch.float32) / 2)
         rows, columns = rows[:, :, :, None] / scale, columns[:, :, :, None] / scale
         position = torch.cat([t for p in (rows, columns) for t in (p.sin(), p.cos())], dim=3).permute(0, 3, 1, 2)
-        memory = (x + position).flatten(2).permute(2, 0, 1)
+        position = self.project(position.to(x.dtype)).reshape(x.shape[0], 8, -1).permute(2, 0, 1)
+        memory = x.flatten(2).permute(2, 0, 1) + position
         queries = self.queries.weight.unsqueeze(1).repeat(1, x.shape[0], 1)
         y, _ = self.attention(queries, memory, memory)
         return self.head(y).transpose(0, 1)

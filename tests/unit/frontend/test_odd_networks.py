@@ -10,6 +10,7 @@ from torch import nn
 
 from planner.errors import TraceError
 from planner.frontend.lower import TracedModel, trace_layers
+from planner.ir import ops
 from support.binding import differences, observe, observe_graph
 from support.networks import NETWORKS, REFUSABLE
 from support.networks.shapes import Deep
@@ -17,6 +18,8 @@ from support.networks.shapes import Deep
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+MIXING = {"two views as one batch", "keypoints"}
+"""Networks that put samples together, or pick them by their numbers."""
 EVERY = pytest.mark.parametrize("name", NETWORKS)
 PRODUCTS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d}
 
@@ -99,6 +102,13 @@ def test_every_call_of_a_product_is_in_a_layer_under_the_name_of_the_user(name: 
     for layer in graph.layers.layers:
         if layer.op.kind in {"conv", "conv_transpose", "linear"} and inside[layer.id]:
             assert layer.id.split("@")[0] == inside[layer.id][0]
+
+
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in MIXING])
+def test_outputs_hold_whole_samples_so_that_each_rank_gets_its_own(name: str) -> None:
+    outputs = [layer.output for layer in traced(name).layers.layers if isinstance(layer.op, ops.Output)]
+    assert outputs
+    assert [spec for spec in outputs if spec.shape and spec.sample_dim is None] == []
 
 
 @EVERY

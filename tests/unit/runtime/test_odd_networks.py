@@ -1,7 +1,7 @@
 """Networks as people write them, split at random over ranks of this process, against one device in float64."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from planner.api import Options, Origin, Planner, machine_of, prepare
 from planner.frontend.lower import TracedModel
+from planner.ir import ops
 from planner.plan import Plan
 from runtime.parallel import ParallelModule
 from support.equality import own_parts, run_ranks
@@ -24,6 +25,15 @@ RANDOM = {"stochastic depth", "drop block", "style"}
 
 SINGLE = {"same padding", "super resolution", "complex weights", "recurrent", "linear algebra"}
 """Networks that make tensors of single precision, whatever their input."""
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a nested result, in order."""
+    if torch.is_tensor(output):
+        yield output.detach()
+    elif isinstance(output, dict | list | tuple):
+        for each in output.values() if isinstance(output, dict) else output:
+            yield from tensors(each)
 
 
 def scalar(output: Any) -> torch.Tensor:
@@ -74,7 +84,8 @@ def test_odd_networks_equal_one_device_under_random_plans(
         return model
 
     model = build()
-    scalar(model(*(x.clone() for x in inputs), **keywords)).backward()
+    result = model(*(x.clone() for x in inputs), **keywords)
+    scalar(result).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     buffers = dict(model.named_buffers())
     machine = machine_of(devices=(2, 4)[seed % 2])
@@ -83,7 +94,12 @@ def test_odd_networks_equal_one_device_under_random_plans(
 
     def work(net: ParallelModule, traced: TracedModel, position: int) -> None:
         part = slice(position * BATCH // size, (position + 1) * BATCH // size)
-        scalar(net(*(x[part].clone() for x in inputs), **{k: x[part] for k, x in keywords.items()})).backward()
+        found = net(*(x[part].clone() for x in inputs), **{k: x[part] for k, x in keywords.items()})
+        scalar(found).backward()
+        specs = [layer.output for layer in traced.layers.layers if isinstance(layer.op, ops.Output)]
+        for spec, own, whole in zip(specs, tensors(found), tensors(result), strict=True):
+            mine = whole if spec.sample_dim is None else whole.narrow(spec.sample_dim, part.start, BATCH // size)
+            torch.testing.assert_close(own, mine, rtol=rtol, atol=rtol)
         parts = own_parts(plan, traced, position)
         names = {n for n, p in net.named_parameters() if p.grad is not None}
         assert names == set(expected), names ^ set(expected)
@@ -101,6 +117,60 @@ def test_odd_networks_equal_one_device_under_random_plans(
                 buffer, whole[parts[key]] if key in parts else whole, rtol=rtol, atol=rtol,
                 msg=labelled(key),
             )  # fmt: skip
+
+    run_ranks(build, plan, work)
+
+
+class OfBatch(nn.Module):
+    """A function of images and of this module, which has features to give and a layer for constants."""
+
+    def __init__(self, function: Callable[["OfBatch", torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.early, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Linear(8, 4)
+        self.function = function
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.function(self, x))
+
+
+OF_BATCH: dict[str, Callable[[OfBatch, torch.Tensor], torch.Tensor]] = {
+    "number of samples": lambda m, x: m.features(x) / x.shape[0],
+    "number of samples as a tensor": lambda m, x: m.features(x) * torch.tensor(x.shape[0]),
+    "filled with the number of samples": lambda m, x: m.features(x) + torch.full((x.shape[0], 8), x.shape[0]),
+    "sum of ones": lambda m, x: m.features(x) * torch.ones(x.shape[0], 8).sum(0),
+    "share of ones": lambda m, x: m.features(x) * torch.ones(x.shape[0], 8).softmax(0),
+    "counted samples": lambda m, x: m.features(x) * torch.ones(x.shape[0], 8).cumsum(0),
+    "counted channels": lambda m, x: m.features(x) * torch.ones(x.shape[0], 8).cumsum(1),
+    "product of constants": lambda m, x: torch.einsum(
+        "ni,nj->ni", m.early(torch.ones(x.shape[0], 3, dtype=x.dtype)), m.features(x)
+    ),
+}
+MIXING = {"share of ones", "counted samples"}
+"""Those that are another number for each sample, or depend on all: ranks get the result for the whole batch."""
+
+
+@pytest.mark.parametrize("name", OF_BATCH)
+def test_what_is_computed_from_the_number_of_samples_is_that_of_the_whole_batch(name: str) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return OfBatch(OF_BATCH[name]).double()
+
+    x = torch.randn(BATCH, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plan = prepare(build(), (x,), machine_of(devices=2), Options(solver="data"), Origin()).plan()
+    alone = build()
+    expected = alone(x)
+    scalar(expected).backward()
+
+    def work(net: ParallelModule, _: TracedModel, position: int) -> None:
+        part = slice(position * 2, position * 2 + 2)
+        found = net(x[part])
+        scalar(found).backward()
+        torch.testing.assert_close(found, expected if name in MIXING else expected[part])
+        for key, parameter in alone.named_parameters():
+            torch.testing.assert_close(net.get_parameter(key).grad, parameter.grad)
 
     run_ranks(build, plan, work)
 
