@@ -24,7 +24,7 @@ from planner.ir.rules import InputOutput, io_splits, is_legal, layouts, legal_sp
 from planner.ir.split import LayerId, Split, Strategy
 from planner.plan.schema import CostPart, LayerPart, Plan
 from runtime.lowering.lower import Lowered, Lowering
-from runtime.lowering.products import Bias
+from runtime.lowering.ops import Bias
 from runtime.lowering.rewriting import LAYER
 from runtime.state import StepState
 
@@ -167,7 +167,7 @@ def lower_evaluation(
         if isinstance(value, Bias) and isinstance(value._bias, types.MethodType):
             product = replaced.get(id(value._bias.__self__))
             if product is not None:
-                value._bias = product.scaled_bias  # type: ignore[assignment]  # a product, as what it replaces
+                value._bias = product.bias_and_factor  # type: ignore[assignment]  # a product, as what it replaces
     return Evaluation(found.graph, own)
 
 

@@ -3,8 +3,11 @@
     OMP_NUM_THREADS=1 python -m examples.benchmarks.overhead
 
 lowers networks of one layer for one of two ranks, and times the modules that come out, forward and backward, with a
-communicator that sends nothing, in turns with the plain operator on tensors of the same sizes. The tensors are tiny, so
-that the time is that of the calls. A conversion has no plain operator beside it: its time is all there is.
+communicator that sends nothing, in turns with the plain module on tensors of the same sizes. The tensors are tiny, so
+that the time is that of the calls. The seconds inside of the communicator's calls are a column of their own and no
+part of the overhead: what is left is autograd, packing of messages, and putting together what came. A conversion takes
+the place of nothing; beside it is a view, so that what every backward pass costs does not count. The last row of a
+layer is the sum of its modules; conversions at the ends of the network are none of them.
 
     OMP_NUM_THREADS=1 python -m examples.benchmarks.overhead --steps
 
@@ -21,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 
 from examples.benchmarks import on_hosts
 from planner.api import Constraints, Options, Origin, example_inputs, machine_of, prepare
@@ -31,12 +33,14 @@ from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.plan import Plan
 from planner.space.enumerate import DEFAULT_DIMENSIONS
 from runtime.launch import run_local
-from runtime.lowering.rewriting import LAYER
+from runtime.lowering.ops import Bias
 from runtime.parallel import ParallelModule, lower, trace_for
 from runtime.training import DDP, SilentCommunicator
 
 Call = Callable[..., torch.Tensor]
 CHANNELS = 8
+MOVES = {"Redistribution", "Bias"}
+"""Modules that stand in no operator's place."""
 BUCKET_BYTES = 25 * 2**20
 """As DDP's."""
 
@@ -50,46 +54,33 @@ class Case:
         module: the layer.
         shape: of a sample.
         dimension: that it is split by.
-        plain: the operator from input, parameters and buffers.
         sync_batch_norm: of the plan.
+        num_before: layers alike in front of it; behind another one a window fetches its halo itself.
     """
 
     name: str
     module: Callable[[], nn.Module]
     shape: tuple[int, ...]
     dimension: str
-    plain: Call
     sync_batch_norm: bool = True
-
-
-def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return functional.conv2d(x, weight, bias, padding=1)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
-    mean, variance, batches = buffers
-    batches.add_(1)
-    return functional.batch_norm(x, mean, variance, weight, bias, True, 0.1)
-
-
-def _pool(x: torch.Tensor) -> torch.Tensor:
-    return functional.max_pool2d(x, 2)
+    num_before: int = 0
 
 
 IMAGE = (CHANNELS, 8, 8)
 CASES = (
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "sample", _conv),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "out_channel", _conv),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "in_channel", _conv),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "height", _conv),
-    Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "out_channel", functional.linear),
-    Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "in_channel", functional.linear),
-    Case("batch norm, local", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "sample", _norm, sync_batch_norm=False),
-    Case("batch norm", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "out_channel", _norm),
-    Case("batch norm, global", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "sample", _norm),
-    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "sample", _pool),
-    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "out_channel", _pool),
-    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "height", _pool),
+    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "sample"),
+    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "out_channel"),
+    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "in_channel"),
+    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "height"),
+    Case("conv, halo", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "height", num_before=1),
+    Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "out_channel"),
+    Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "in_channel"),
+    Case("batch norm, local", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "sample", sync_batch_norm=False),
+    Case("batch norm", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "out_channel"),
+    Case("batch norm, global", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "sample"),
+    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "sample"),
+    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "out_channel"),
+    Case("max pool", lambda: nn.MaxPool2d(2), IMAGE, "height"),
 )
 
 
@@ -104,21 +95,55 @@ def main() -> int:
     if arguments.steps:
         print_steps(arguments.rounds)
         return 0
-    print(f"{'operator':20}{'split':13}{'module':26}{'plain us':>9}{'here us':>9}{'more us':>9}")
+    print(f"{'operator':20}{'split':13}{'module':26}{'plain us':>9}{'here us':>9}{'calls us':>9}{'more us':>9}")
     for case in CASES:
         try:
-            for name, plain_s, here_s in timed(case, repeats):
-                plain = f"{plain_s * 1e6:9.1f}" if plain_s else f"{'':9}"
-                text = f"{case.name:20}{case.dimension:13}{name:26}{plain}{here_s * 1e6:9.1f}"
-                print(f"{text}{(here_s - plain_s) * 1e6:9.1f}", flush=True)
+            rows = list(timed(case, repeats))
         except LayerwiseError as error:
             print(f"{case.name:20}{case.dimension:13}{error}")
+            continue
+        layer = [row for row in rows if not row.is_end]
+        for row in rows if len(layer) == 1 else [*rows, Row.total(layer)]:
+            print(f"{case.name:20}{case.dimension:13}{row}", flush=True)
     return 0
 
 
-def timed(case: Case, repeats: int) -> Iterator[tuple[str, float, float]]:
-    """Yield the name of every module of the layer, the seconds of the plain operator, if it has one, and its own."""
-    net, plan = lowered(case)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Seconds of one module, forward and backward.
+
+    Attributes:
+        name: of its class.
+        is_end: it converts what enters or leaves the network.
+        plain_s: of the plain module; of a view, beside a conversion.
+        here_s: of the module, but for ``calls_s``.
+        calls_s: inside of the communicator.
+    """
+
+    name: str
+    is_end: bool
+    plain_s: float
+    here_s: float
+    calls_s: float
+
+    @staticmethod
+    def total(rows: "list[Row]") -> "Row":
+        """Return the sum of a layer's modules."""
+        views = [row for row in rows if row.name in MOVES]
+        operators = [row for row in rows if row not in views]
+        plain = sum(row.plain_s for row in operators)
+        here = sum(row.here_s for row in operators) + sum(row.here_s - row.plain_s for row in views)
+        return Row("the layer", False, plain, here, sum(row.calls_s for row in rows))
+
+    def __str__(self) -> str:
+        name = f"{self.name} (end)" if self.is_end else self.name
+        numbers = self.plain_s, self.here_s + self.calls_s, self.calls_s, self.here_s - self.plain_s
+        return f"{name:26}" + "".join(f"{seconds * 1e6:9.1f}" for seconds in numbers)
+
+
+def timed(case: Case, repeats: int) -> Iterator[Row]:
+    """Yield the times of every module of a layer."""
+    net, plan, clocked = lowered(case)
     wanted = {node: net.get_submodule(str(node.target)) for node in net.graph.nodes if node.op == "call_module"}
     inputs: dict[fx.Node, tuple[Any, ...]] = {}
 
@@ -131,27 +156,51 @@ def timed(case: Case, repeats: int) -> Iterator[tuple[str, float, float]]:
     x = torch.randn(plan.batch // (plan.mesh.size if plan.io == "per-rank" else 1), *case.shape)
     net(x)  # lets the state know the batch
     Recorder(net).run(x)
-    for node, module in wanted.items():
-        is_operator = str(node.meta[LAYER]) not in {"input", "output"} and not _moves(module)
-        arguments = tuple(a.detach().requires_grad_() for a in inputs[node] if isinstance(a, torch.Tensor))
-        plain = None
-        if is_operator:
-            tensors = list(module.parameters(recurse=False))
-            buffers = [b.clone() for b in module.buffers(recurse=False)]
-            plain = _step(lambda a, every=(*tensors, *buffers): case.plain(a, *every), arguments[:1], tensors)
-        here = _step(module, arguments, list(module.parameters(recurse=False)))
-        samples = interleaved([plain or (lambda: None), here], repeats)
-        yield type(module).__name__, samples[0] if plain else 0.0, samples[1]
+    for node, module in list(wanted.items())[2 * case.num_before :]:  # and what brings their inputs
+        name, tensors = type(module).__name__, [t for t in inputs[node] if isinstance(t, torch.Tensor)]
+        arguments = tuple(t.detach().requires_grad_() for t in tensors)
+        parameters = list(module.parameters(recurse=False))
+        bias = module.parameter() if isinstance(module, Bias) else None
+        here = _step(module, arguments, [*parameters, *([bias] if bias is not None else [])])
+        plain = _step(lambda a: a.view_as(a), arguments[:1], [])
+        if name not in MOVES:
+            user = plain_module(case, module)
+            plain = _step(user, arguments[:1], list(user.parameters()))
+        is_end = name in MOVES and str(node.target).startswith("transfers.")
+        yield Row(name, is_end, *interleaved(plain, here, clocked, repeats))
 
 
-def _moves(module: nn.Module) -> bool:
-    return type(module).__name__ in {"Redistribution", "Bias"}
+def plain_module(case: Case, module: nn.Module) -> nn.Module:
+    """Return the user's module with the sizes of this rank's piece."""
+    user = case.module()
+    user._parameters.update({name: p for name, p in module._parameters.items() if p is not None})
+    user._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+    return user
 
 
-def lowered(case: Case) -> tuple[ParallelModule, Plan]:
-    """Return the first of two ranks' part of a network of one layer."""
+class Clocked:
+    """A communicator that sends nothing, and adds up the seconds in its calls."""
+
+    def __init__(self, inner: SilentCommunicator) -> None:
+        self.mesh, self.position, self.seconds = inner.mesh, inner.position, 0.0
+        self.broadcast, self.start_gather_ints = inner.broadcast, inner.start_gather_ints
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "exchange", "start_exchange"):
+            setattr(self, name, self._clocked(getattr(inner, name)))
+
+    def _clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            found = call(*arguments)
+            self.seconds += time.perf_counter() - start
+            return found
+
+        return run
+
+
+def lowered(case: Case) -> tuple[ParallelModule, Plan, Clocked]:
+    """Return the first of two ranks' part of a network of one layer, and how it talks."""
     torch.manual_seed(0)
-    net = nn.Sequential(case.module())
+    net = nn.Sequential(*(case.module() for _ in range(case.num_before + 1)))
     options = Options(
         "dp", all_devices=True, constraints=Constraints.of(pin=[f"*={case.dimension}"]),
         sync_batch_norm=case.sync_batch_norm, dimensions=frozenset({*DEFAULT_DIMENSIONS, *SPATIAL_DIMENSIONS}),
@@ -159,7 +208,8 @@ def lowered(case: Case) -> tuple[ParallelModule, Plan]:
     x = torch.empty((4, *case.shape), device="meta")
     planner = prepare(net, (x,), machine_of(devices=2), options, Origin(case.name, case.name))
     plan = planner.plan()
-    return lower(net, trace_for(net, plan), plan, SilentCommunicator(plan.mesh, 0)), plan
+    communicator: Any = Clocked(SilentCommunicator(plan.mesh, 0))
+    return lower(net, trace_for(net, plan), plan, communicator), plan, communicator
 
 
 def _step(call: Call, arguments: tuple[torch.Tensor, ...], parameters: list[nn.Parameter]) -> Callable[[], object]:
@@ -170,15 +220,23 @@ def _step(call: Call, arguments: tuple[torch.Tensor, ...], parameters: list[nn.P
     return lambda: torch.autograd.grad(call(*arguments), wanted, gradient, allow_unused=True)
 
 
-def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Return the seconds of each of several functions, called in turns: their lower deciles, which noise spares."""
-    found: list[list[float]] = [[] for _ in calls]
+def interleaved(
+    plain: Callable[[], object], here: Callable[[], object], clocked: Clocked, repeats: int
+) -> tuple[float, float, float]:
+    """Return the seconds of the plain step, of ours but for the communicator's calls, and of these.
+
+    The steps take turns; of each the lower decile counts, which noise spares.
+    """
+    found: list[tuple[float, float, float]] = []
     for _ in range(repeats):
-        for call, samples in zip(calls, found, strict=True):
-            start = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - start)
-    return [statistics.quantiles(samples, n=10)[0] for samples in found]
+        start = time.perf_counter()
+        plain()
+        between, clocked.seconds = time.perf_counter(), 0.0
+        here()
+        stop = time.perf_counter()
+        found.append((between - start, stop - between - clocked.seconds, clocked.seconds))
+    first, second, third = (statistics.quantiles(samples, n=10)[0] for samples in zip(*found, strict=True))
+    return first, second, third
 
 
 STEPS = {

@@ -61,7 +61,8 @@ class EdgePricer:
             here = codes == code
             pattern = self._pattern(share, sources, targets, here)
             prices = [
-                *(self.pricer.collective(m.kind, m.axes, share.elements(m) * item_bytes) for m in pattern.moves), FREE,
+                *(self.pricer.move(m.kind, m.axes, share.elements(m) * item_bytes, share.copied(m) * item_bytes)
+                  for m in pattern.moves), FREE,
             ]  # fmt: skip
             seconds[here] = np.array([p.seconds for p in prices])[pattern.index].sum(axis=0)
             num_bytes[here] = np.array([p.num_bytes for p in prices])[pattern.index].sum(axis=0)

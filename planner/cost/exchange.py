@@ -1,16 +1,21 @@
-"""How much ranks hand to each other in an exchange: of one pair of layouts, or of thousands at once.
+"""How much ranks hand to each other in an exchange, and copy for it: of one pair of layouts, or of thousands at once.
 
 A region is a product of intervals, and each mesh axis cuts at most one dimension before and one after. So the
 elements that a rank gets from its whole group are a product, dimension by dimension, of what the pieces along the
 axes of that dimension have in common with its own, and likewise what it sends. No pair of ranks is looked at, which
 makes it fast on thousands of ranks.
+
+What a rank copies (``runtime.comm.packing.Exchange``), in elements read or written: what it sends into the message and
+what comes out of it, each read and written; what it keeps from the old piece to the new one, likewise. Where what comes
+is to be added up (gradients of halos), the new piece is read once more with each addition, and set to zero before
+unless what is kept fills it.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -21,8 +26,20 @@ _CHUNK: Final = 1 << 21
 """Pairs of layouts times ranks that are worked on at a time: 16 MiB of int64."""
 
 
+class Exchanged(NamedTuple):
+    """An exchange on its busiest rank, in elements.
+
+    Attributes:
+        moved: the most that a rank sends or that a rank receives, whichever is more.
+        copied: the most that a rank reads or writes to pack, unpack and keep.
+    """
+
+    moved: int
+    copied: int
+
+
 @functools.lru_cache(maxsize=1 << 16)
-def _common(have: Division, need: Division, group: tuple[int, ...], rank: int) -> tuple[Index, Index, Index]:
+def _common(have: Division, need: Division, group: tuple[int, ...], rank: int) -> tuple[Index, Index, Index, Index]:
     """Return elements of one dimension that ranks have in common, arrays to be broadcast over a mesh of ``rank`` axes.
 
     Args:
@@ -33,12 +50,13 @@ def _common(have: Division, need: Division, group: tuple[int, ...], rank: int) -
 
     Returns:
         What each rank needs and has itself; what it needs and all pieces of its group have; what it has and its
-        group needs, added up over the pieces that differ along these axes.
+        group needs, added up over the pieces that differ along these axes; what it needs.
     """
     (have_start, have_stop), (need_start, need_stop) = have.over(rank), need.over(rank)
     own = np.maximum(np.minimum(have_stop, need_stop) - np.maximum(have_start, need_start), 0)
+    needed = need_stop - need_start
     if not set(group) & {*have.axes, *need.axes}:
-        return own, own, own
+        return own, own, own, needed
     (have_start, have_stop), (need_start, need_stop) = have.ends, need.ends
     each = np.minimum(have_stop[:, None], need_stop) - np.maximum(have_start[:, None], need_start)
     each = np.maximum(each, 0).reshape(*have.parts, *need.parts)
@@ -50,6 +68,7 @@ def _common(have: Division, need: Division, group: tuple[int, ...], rank: int) -
         own,
         _over(received, need.axes, rank),
         _over(sent, (*have.axes, *(a for a in need.axes if a not in group)), rank),
+        needed,
     )
 
 
@@ -62,11 +81,11 @@ def _over(values: Index, axes: tuple[int, ...], rank: int) -> Index:
     return values.transpose(order).reshape(shape)
 
 
-def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = None) -> int:
-    """Return the most elements that a rank sends or that a rank receives in an exchange, whichever is more.
+def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = None) -> Exchanged:
+    """Return what an exchange is on its busiest rank.
 
-    The copies are those that ``planner.ir.transfer.transfers`` lists: a rank gets what it needs from the ranks
-    that agree with it along the axes that do not cut the source.
+    The copies between ranks are those that ``planner.ir.transfer.transfers`` lists: a rank gets what it needs from the
+    ranks that agree with it along the axes that do not cut the source.
 
     Args:
         source: layout before.
@@ -78,18 +97,32 @@ def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = Non
         axes = tuple(a for a, p in enumerate(source.placements) if isinstance(p, int))
     rank = len(mesh.axes)
     kept: Index = np.ones((1,) * rank, dtype=np.int64)
-    received, sent, whole = kept, kept, 1
+    received, sent, needed, whole = kept, kept, kept, 1
     for have, need in zip(source.divisions, target.divisions, strict=True):
         if have.axes or need.axes:
-            own, got, given = _common(have, need, axes, rank)
-            kept, received, sent = kept * own, received * got, sent * given
+            own, got, given, all_ = _common(have, need, axes, rank)
+            kept, received, sent, needed = kept * own, received * got, sent * given, needed * all_
         else:
             whole *= have.size
     copies = math.prod(mesh.shape[a] for a in axes if not isinstance(target.placements[a], int))
-    return whole * max(int((received - kept).max()), int((copies * sent - kept).max()))
+    is_sum = int(any(have.overlaps for have in source.divisions))
+    moved, copied = _busiest(kept, received, copies * sent, needed, is_sum)
+    return Exchanged(whole * int(moved.max()), whole * int(copied.max()))
 
 
-def exchanges(before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[Index, Index]) -> tuple[Index, Index]:
+def _busiest(kept: Index, received: Index, sent: Index, needed: Index, is_sum: Index | int) -> tuple[Index, Index]:
+    """Return what each rank moves and copies; ``received`` and ``sent`` with what it keeps.
+
+    ``is_sum`` is 1 where what comes is added up, else 0.
+    """
+    moved = np.maximum(received - kept, sent - kept)
+    added = received - kept + needed * (kept != needed)
+    return moved, 2 * (received + sent - kept) + is_sum * added
+
+
+def exchanges(
+    before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[Index, Index]
+) -> tuple[Index, Index, Index]:
     """Return what is exchanged by each of many pairs of layouts.
 
     Args:
@@ -98,8 +131,8 @@ def exchanges(before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[In
         pairs: positions in ``before`` and ``after`` of each pair, int64[pairs] each.
 
     Returns:
-        The mesh axes along which ranks talk, as bits, and ``exchanged`` of the pair, int64[pairs] each. The bits are 0
-        where the pair is not a single exchange, or has partial sums.
+        The mesh axes along which ranks talk, as bits, and ``moved`` and ``copied`` of the pair (``Exchanged``),
+        int64[pairs] each. The bits are 0 where the pair is not a single exchange, or has partial sums.
     """
     rows, columns = pairs
     dims = [
@@ -113,14 +146,17 @@ def exchanges(before: Sequence[Layout], after: Sequence[Layout], pairs: tuple[In
     for dim in dims:
         groups, freed, is_apart = groups | dim.cut_before, freed | dim.freed, is_apart | dim.is_apart
     groups[~is_plain | (takes_exchange(is_apart, freed, cut_after) == 0)] = 0
-    elements = np.zeros(len(rows), dtype=np.int64)
+    overlaps = np.array([any(d.overlaps for d in x.divisions) for x in before])[rows].astype(np.int64)
+    moved, copied = np.zeros((2, len(rows)), dtype=np.int64)
     shape = before[0].mesh.shape
     step = max(_CHUNK // max(math.prod(shape), 1), 1)
     members = np.flatnonzero(groups)
     for start in range(0, len(members), step):
         chosen = members[start : start + step]
-        elements[chosen] = _exchanged(dims, chosen, groups[chosen], cut_after[chosen], shape)
-    return groups, elements
+        moved[chosen], copied[chosen] = _exchanged(
+            dims, chosen, groups[chosen], cut_after[chosen], overlaps[chosen], shape
+        )
+    return groups, moved, copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +193,17 @@ class _Dimension:
 
 
 def _exchanged(
-    dims: Sequence[_Dimension], chosen: Index, groups: Index, cut_after: Index, shape: tuple[int, ...]
-) -> Index:
-    """Return ``exchanged`` of the chosen pairs, which talk along these axes (bits), int64[chosen]."""
+    dims: Sequence[_Dimension], chosen: Index, groups: Index, cut_after: Index, overlaps: Index, shape: tuple[int, ...]
+) -> tuple[Index, Index]:
+    """Return ``Exchanged`` of the chosen pairs, which talk along these axes (bits), int64[chosen] each.
+
+    ``overlaps`` is 1 where pieces before overlap, else 0.
+    """
     rank = len(shape)
     subsets = 1 << rank
     axes = [tuple(a for a in range(rank) if bits >> a & 1) for bits in range(subsets)]
     kept: Index = np.ones((len(chosen), *(1,) * rank), dtype=np.int64)
-    received, sent, whole = kept, kept, 1
+    received, sent, needed, whole = kept, kept, kept, 1
     for dim in dims:
         if not any(have.axes or need.axes for have, need in dim.kinds):
             whole *= dim.kinds[0][0].size
@@ -174,13 +213,15 @@ def _exchanged(
         position = np.zeros(used[-1] + 1, dtype=np.int64)
         position[used] = np.arange(len(used))
         tables = [_common(*dim.kinds[code // subsets], axes[code % subsets], rank) for code in used.tolist()]
-        own, got, given = (_stack(arrays)[position[codes]] for arrays in zip(*tables, strict=True))
-        kept, received, sent = kept * own, received * got, sent * given
+        own, got, given, all_ = (_stack(arrays)[position[codes]] for arrays in zip(*tables, strict=True))
+        kept, received, sent, needed = kept * own, received * got, sent * given, needed * all_
     parts = np.array([math.prod(shape[a] for a in each) for each in axes])
-    copies = parts[groups & ~cut_after].reshape(-1, *(1,) * rank)  # who agrees along these axes needs the same
+    each = (-1, *(1,) * rank)
+    copies = parts[groups & ~cut_after].reshape(each)  # who agrees along these axes needs the same
+    is_sum = overlaps.reshape(each)
+    moved, copied = _busiest(kept, received, copies * sent, needed, is_sum)
     over = tuple(range(1, rank + 1))
-    found: Index = whole * np.maximum((received - kept).max(axis=over), (copies * sent - kept).max(axis=over))
-    return found
+    return whole * moved.max(axis=over), whole * copied.max(axis=over)
 
 
 def _stack(arrays: Sequence[Index]) -> Index:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from planner.cost.exchange import exchanged
 from planner.devices.measured import CollectiveKind
 from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.ir.graph import Layer
@@ -38,6 +39,9 @@ _SPACE = 2
 """The first dimension of space."""
 COPY_PASSES = 2
 """How often a piece is read or written when it is put beside the neighbours' rows, or outputs are joined."""
+_BORDER_PASSES = 4, 5
+"""How often rows are read or written that are sent, or come: forward they are copied into the message and out of it,
+backward they are added to what is there."""
 
 
 class HaloOverlap(StrEnum):
@@ -139,9 +143,25 @@ def _halos(
         have = haves[found[0]]
         cutting = _cutting(model, consumer, split, have, need)
         axes = steps(have, need)[0].axes
+        item_bytes = model.settings.activation_dtype(producer.output.dtype).item_bytes
+        there_s, back_s = _borders_s(model, have, need, item_bytes)
+        times = there_s, back_s if model.flows[producer.id] else 0.0
         for i in found:
-            times = float(edge.forward_s[i, j]), float(edge.backward_s[i, j])
             yield (i, j), _pair(model, times, _slowed(model, axes, float(edge.num_bytes[i, j]) / 2), cutting)
+
+
+def _borders_s(model: "CostModel", have: Layout, need: Layout, item_bytes: int) -> tuple[float, float]:
+    """Return what the exchange of rows takes, and that of their gradients.
+
+    Nothing but what is sent is copied: the own piece is put into the frame by itself (``Cutting.frame_s``), and its
+    gradient stays where it is.
+    """
+    found = []
+    for passes, (source, target) in zip(_BORDER_PASSES, ((have, need), (need.gradient, have.gradient)), strict=True):
+        (step,) = steps(source, target)
+        num_bytes = exchanged(source, target, step.axes).moved * item_bytes
+        found.append(model.pricer.move(step.kind, step.axes, num_bytes, passes * num_bytes).seconds)
+    return found[0], found[1]
 
 
 def _pair(model: "CostModel", times: tuple[float, float], slowed: float, cutting: Cutting) -> HaloPair:

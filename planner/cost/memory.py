@@ -8,7 +8,7 @@ what solvers need; ``planner.cost.peak`` walks through the step and finds the pe
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -59,6 +59,9 @@ class LayerBytes:
             sharded.
         gathered: of the parameters that are held in pieces, whole; their gradients have as many.
         other_gathered: no less than ``gathered`` of any other layer: of the one that is gathered meanwhile.
+        framed: of the input of a convolution with the neighbours' rows around it, which backward puts together again.
+            No more than ``inputs``.
+        reordered: by a kernel for itself: oneDNN copies operands of a convolution into an order of its own.
     """
 
     parameters: int
@@ -71,6 +74,8 @@ class LayerBytes:
     updated: int = 0
     gathered: int = 0
     other_gathered: int = 0
+    framed: int = 0
+    reordered: int = 0
 
     @property
     def resident(self) -> int:
@@ -81,12 +86,21 @@ class LayerBytes:
     def transient(self) -> int:
         """Bytes needed while the layer runs.
 
-        Inputs, result and the gradients of both; a gradient that is summed over ranks is made beside its
-        place in the bucket. With sharded parameters, parameters and gradients of this layer, the parameters of the
-        next one and the gradients of the one before.
+        Inputs, result and the gradients of both, where the frame of a halo takes the place of one of them; a
+        gradient that is summed over ranks is made beside its place in the bucket. With sharded parameters, parameters
+        and gradients of this layer, the parameters of the next one and the gradients of the one before.
         """
         whole = 2 * self.gathered + 2 * self.other_gathered
-        return 2 * self.computed + 2 * self.inputs + self.reduced + whole
+        return 2 * self.computed + 2 * self.inputs + self.reduced + whole + self.workspace
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that the kernel needs for a while in backward, beyond what the layer kept and backward has freed.
+
+        When the gradient of a convolution is computed, those of the operators that it absorbed have been, and their
+        saved tensors are gone.
+        """
+        return max(self.reordered - self.activations, 0)
 
 
 def layer_bytes(
@@ -96,6 +110,8 @@ def layer_bytes(
     optimizer: Optimizer,
     carried: Sequence[bool],
     sharding: ParameterSharding = ParameterSharding.NONE,
+    *,
+    reorders: bool = False,
 ) -> LayerBytes:
     """Return the bytes of a layer; activations have element type ``dtype``, parameters their own.
 
@@ -111,6 +127,8 @@ def layer_bytes(
         optimizer: decides the state.
         carried: for every parameter whether its bytes count here, or with an earlier layer.
         sharding: of the parameters whose gradients are summed over ranks; ``other_gathered`` is left 0.
+        reorders: whether convolutions copy their input or its gradient into an order of their own, as oneDNN's do on
+            processors: seen in the allocations of ``aten::convolution_backward`` (``planner.measure.allocated``).
     """
     weights = gradients = reduced = updated = gathered = 0
     for parameter, layout, counts in zip(layer.params, layouts.params, carried, strict=True):
@@ -136,22 +154,34 @@ def layer_bytes(
     return LayerBytes(
         weights, gradients, reduced, updated * STATE_COPIES[optimizer], kept,
         _elements(layouts.computed) * item, sum(inputs), updated, gathered,
+        reordered=inputs[0] if reorders and isinstance(layer.op, Conv | ConvTranspose) else 0,
     )  # fmt: skip
 
 
-def kept_by_producer(layer: Layer, have: Layout, need: Layout, dtype: DType) -> int:
-    """Return the bytes of a layer's input that ``layer_bytes`` counts as moved although the producer keeps them.
+def with_halo(found: LayerBytes, layer: Layer, have: Layout, need: Layout, dtype: DType) -> LayerBytes:
+    """Return the bytes of a layer that reads what a producer keeps.
 
-    A layer's split alone does not tell. Where space is cut, a piece often stays where it is, and of a halo only the
-    neighbours' rows are new (``runtime.lowering.halo``).
+    ``layer_bytes`` counts an input of a convolution or linear layer as moved, as a split alone does not tell. Where
+    space is cut, a piece often stays where it is; of a halo only the neighbours' rows are new, and the whole frame is
+    there only while backward needs it (``runtime.lowering.halo``).
+
+    Args:
+        found: of the layer.
+        layer: the layer.
+        have: of its input, as the producer makes it.
+        need: of its input, as it is read.
+        dtype: element type of the input.
     """
     products = isinstance(layer.op, Conv | ConvTranspose | Linear)
     if not products or not any(isinstance(p, int) and p >= _SPACE for p in need.placements):
-        return 0
+        return found
+    needed = _elements(need) * dtype.item_bytes
     if not steps(have, need):
-        return _elements(need) * dtype.item_bytes
-    halo = isinstance(layer.op, Conv) and is_halo(have, need)
-    return min(_elements(have), _elements(need)) * dtype.item_bytes if halo else 0
+        return replace(found, activations=max(found.activations - needed, 0))
+    if not isinstance(layer.op, Conv) or not is_halo(have, need):
+        return found
+    kept = min(_elements(have) * dtype.item_bytes, needed)
+    return replace(found, activations=max(found.activations - kept, 0), framed=needed)
 
 
 def _elements(layout: Layout) -> int:

@@ -174,7 +174,7 @@ class CostModel:
         backward = self.pricer.price(found.output.gradient, found.computed.gradient, dtype.item_bytes)
         forward_norm, backward_norm = self._statistics(layer, found.output)
         sharding = self.settings.parameter_sharding
-        memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried, sharding)
+        memory = layer_bytes(layer, found, dtype, self.settings.optimizer, carried, sharding, reorders=self._reorders)
         sync, whole = _gradient_bytes(layer, found.params, carried, sharding)
         cut_bytes = sum(sync.values())
         collected = COLLECT_PASSES * (cut_bytes + sum(whole.values()))
@@ -190,6 +190,11 @@ class CostModel:
             sync, self.profile.roofline.update_s(collected), self.profile.roofline.update_s(updated),
             memory, time.source, whole,
         )  # fmt: skip
+
+    @functools.cached_property
+    def _reorders(self) -> bool:
+        """Whether a convolution's kernel works on copies of its operands (``layer_bytes``)."""
+        return any(device.kind == "cpu" for device in self.machine.devices)
 
     @functools.cached_property
     def _largest_gathers(self) -> tuple[int, int]:

@@ -33,24 +33,26 @@ from planner.ir.transfer import Step, StepKind, steps
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A step between ranks, as far as its price depends on it.
+    """A step, as far as its price depends on it.
 
     Attributes:
         kind: of the step.
         axes: of the mesh along which ranks talk.
         elements: of the buffer that is reduced or scattered on each rank, of the result of a gather on each
-            rank, or what the busiest rank sends or receives in an exchange, whichever is more.
+            rank, or what the busiest rank sends or receives in an exchange, whichever is more; 0 where none talk.
+        copied: read or written by the busiest rank beside that, see ``copied_elements``.
     """
 
     kind: StepKind
     axes: tuple[int, ...]
     elements: int
+    copied: int
 
 
 @functools.lru_cache(maxsize=1 << 18)
 def moves(source: Layout, target: Layout) -> tuple[Move, ...]:
-    """Return what moves between ranks on the way from one layout to another, in order."""
-    return tuple(Move(s.kind, s.axes, _elements(s)) for s in steps(source, target) if s.kind.communicates)
+    """Return what moves, or is copied, on the way from one layout to another, in order."""
+    return tuple(_move(step) for step in steps(source, target))
 
 
 def moves_of_pairs(
@@ -63,24 +65,52 @@ def moves_of_pairs(
         after: likewise.
         pairs: positions in ``before`` and ``after`` of each pair.
     """
-    groups, elements = exchanges(before, after, pairs)
     mesh = before[0].mesh
     axes_of = [tuple(a for a in range(len(mesh.axes)) if group >> a & 1) for group in range(1 << len(mesh.axes))]
-    rows, columns = (positions.tolist() for positions in pairs)
+    found = zip(*(each.tolist() for each in (*pairs, *exchanges(before, after, pairs))), strict=True)
     return [
-        (Move(StepKind.EXCHANGE, axes_of[group], n),) if group else moves(before[i], after[j])
-        for i, j, group, n in zip(rows, columns, groups.tolist(), elements.tolist(), strict=True)
+        (Move(StepKind.EXCHANGE, axes_of[group], moved, copied),) if group else moves(before[i], after[j])
+        for i, j, group, moved, copied in found
     ]
 
 
-def _elements(step: Step) -> int:
-    match step.kind:
-        case StepKind.ALL_REDUCE | StepKind.REDUCE_SCATTER:
-            return math.prod(step.source.largest_shape())
-        case StepKind.ALL_GATHER:
-            return math.prod(step.target.largest_shape())
-        case _:
-            return exchanged(step.source, step.target, step.axes)
+def _move(step: Step) -> Move:
+    if step.kind is StepKind.EXCHANGE:
+        return Move(step.kind, step.axes, *exchanged(step.source, step.target, step.axes))
+    elements = 0
+    if step.kind in {StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER}:
+        elements = math.prod(step.source.largest_shape())
+    elif step.kind is StepKind.ALL_GATHER:
+        elements = math.prod(step.target.largest_shape())
+    return Move(step.kind, step.axes, elements, copied_elements(step))
+
+
+def copied_elements(step: Step) -> int:
+    """Return the elements that the busiest rank reads or writes in a step beside what the collective itself does.
+
+    What the runtime copies (``runtime.comm.exchange``), a copy being a read and a write:
+
+    - a slice is copied out of the piece, so that the piece can be freed;
+    - a piece that becomes an addend is copied into zeros, which are written before;
+    - of equal copies that become addends, all but one are replaced by zeros;
+    - an all-reduce works in a copy, because its input may be needed by others;
+    - for a reduce-scatter, the parts are put one after the other; those that do not lie so, which is in any dimension
+      but the first, are copied one by one before;
+    - what a gather along the first dimension brings is the result, along any other one it is joined.
+
+    Of an exchange see ``planner.cost.exchange``.
+    """
+    if step.kind is StepKind.EXCHANGE:
+        return exchanged(step.source, step.target, step.axes).copied
+    before, after = (math.prod(layout.largest_shape()) for layout in (step.source, step.target))
+    return {
+        StepKind.SLICE: 2 * after,
+        StepKind.PAD: after + 2 * before,
+        StepKind.MASK: after,
+        StepKind.ALL_REDUCE: 2 * before,
+        StepKind.REDUCE_SCATTER: (4 if step.dim else 2) * before,
+        StepKind.ALL_GATHER: 2 * after if step.dim else 0,
+    }[step.kind]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +130,10 @@ class Share:
     def elements(self, move: Move) -> int:
         """Return the elements of a move of the small tensor, in the tensor that it stands for."""
         return move.elements * self.numerator // self.denominator
+
+    def copied(self, move: Move) -> int:
+        """Return the elements that are copied for a move of the small tensor, in the tensor that it stands for."""
+        return move.copied * self.numerator // self.denominator
 
 
 @dataclass(frozen=True)

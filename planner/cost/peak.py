@@ -4,9 +4,9 @@ Forward, every layer adds what autograd keeps of it. Backward, in reverse order,
 kept is freed. So the most is held where backward begins, or at a layer with large tensors near it.
 The walk never exceeds sum(resident) + max(transient), the bound of ``planner.cost.memory``.
 
-Not counted: workspaces of kernels, what an optimizer makes for an update beside its state, and a result
-that autograd does not keep, or its gradient, while it waits for a later reader (around a residual
-branch) longer than the layers in between run.
+Of the workspaces of kernels only the copies are counted that oneDNN makes (``LayerBytes.workspace``). Not counted:
+what an optimizer makes for an update beside its state, and a result that autograd does not keep, or its gradient, while
+it waits for a later reader (around a residual branch) longer than the layers in between run.
 
 Of sharded parameters a layer's own and those of the next one to run are whole, and in backward the gradients of
 its own and of the one that ran before (``planner.cost.sharding``).
@@ -99,7 +99,7 @@ def _moments(names: Sequence[str], layers: Sequence[LayerBytes]) -> Iterator[Mom
         name, m = names[j], layers[j]
         gradients += m.gradients - m.reduced
         # the gradient that came, and the next one: of an absorbed operator's input, or of the layer's
-        working = m.computed + max(m.computed, m.inputs) + m.reduced
+        working = m.computed + max(m.computed, m.inputs + m.framed) + m.workspace + m.reduced
         working += before[j] + 2 * m.gathered + after[j]
         yield Moment(name, Phase.BACKWARD, parameters, state, gradients, kept, working)
         kept -= m.activations

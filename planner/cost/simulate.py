@@ -9,11 +9,11 @@ sharded parameters add says ``planner.cost.sharding``.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from planner.cost.halo import HaloPair
-from planner.cost.memory import LayerBytes, kept_by_producer
+from planner.cost.memory import LayerBytes, with_halo
 from planner.cost.model import Axes, LayerCost
 from planner.cost.overlap import Event, Running, Streams
 from planner.cost.peak import StepMemory, step_memory
@@ -282,8 +282,7 @@ class _Simulation:
             if not SPATIAL_DIMENSIONS.isdisjoint(splits[j].dimensions):
                 have, need = model.layouts(layers[i], splits[i]).output, model.layouts(layers[j], splits[j])
                 dtype = model.settings.activation_dtype(layers[i].output.dtype)
-                again = kept_by_producer(layers[j], have, need.inputs[position], dtype)
-                found[j] = replace(found[j], activations=max(found[j].activations - again, 0))
+                found[j] = with_halo(found[j], layers[j], have, need.inputs[position], dtype)
         return found
 
     def timeline(self) -> Timeline:

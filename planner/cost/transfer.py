@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -69,7 +70,7 @@ class StepPricer:
 
     Attributes:
         router: of the machine.
-        packing_bytes_per_s: memory bandwidth with which a device copies pieces into and out of messages.
+        packing_bytes_per_s: memory bandwidth with which a device copies pieces, into and out of messages and elsewhere.
     """
 
     router: Router
@@ -97,7 +98,10 @@ class StepPricer:
         found = frame(source.shape, source.mesh, source.cuts, target.cuts)
         share = found.share(found.code(source, target), used_rank([source, target]))
         listed = moves(share.source.at(source.placements), share.target.at(target.placements))
-        return sum((self.collective(m.kind, m.axes, share.elements(m) * item_bytes) for m in listed), FREE)
+        priced = (
+            self.move(m.kind, m.axes, share.elements(m) * item_bytes, share.copied(m) * item_bytes) for m in listed
+        )
+        return sum(priced, FREE)
 
     def all_reduce(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an all-reduce of a buffer of so many bytes on each rank."""
@@ -141,6 +145,34 @@ class StepPricer:
     def exchange(self, axes: tuple[int, ...], num_bytes: int) -> Price:
         """Return the price of an exchange in which the busiest rank moves so many bytes."""
         return self._collective(CollectiveKind.ALL_TO_ALL, axes, num_bytes, float(num_bytes))
+
+    def messages_s(self, sizes: Mapping[tuple[int, int], int]) -> float:
+        """Return the time of messages between ranks that are all sent at once.
+
+        A machine whose collectives are measured over the levels that the messages cross takes what an exchange of the
+        busiest rank's bytes takes there; else the links decide, every message as long as the largest.
+
+        Args:
+            sizes: bytes by sender and receiver, positions of the mesh.
+        """
+        if not sizes:
+            return 0.0
+        mesh, bits = self.router.mesh, self._level_bits
+        crossed, sent = 0, dict.fromkeys((source for source, _ in sizes), 0)
+        for (source, target), num_bytes in sizes.items():
+            both = zip(bits, mesh.coordinates(source), mesh.coordinates(target), strict=True)
+            crossed |= sum(bit for bit, a, b in both if a != b)
+            sent[source] += num_bytes
+        measured = self._of_levels(CollectiveKind.ALL_TO_ALL, crossed)
+        if measured is not None:
+            return measured.seconds(max(sent.values()))
+        path = self.router.between(sizes)
+        return path.latency_s + max(sizes.values()) / path.bandwidth_bytes_per_s
+
+    def lost_s_per_byte(self, num_bytes: float) -> float:
+        """Return what a message of so many bytes takes of the processors for each byte; 0 where it is not measured."""
+        found = [c for c in self.router.graph.collectives if c.kind is CollectiveKind.ALL_TO_ALL]
+        return max((c.lost_s(num_bytes) for c in found), default=0.0) / num_bytes if num_bytes else 0.0
 
     def _collective(self, kind: CollectiveKind, axes: tuple[int, ...], num_bytes: int, sent_bytes: float) -> Price:
         return Price(self._seconds(kind, axes, num_bytes), sent_bytes, self.levels(axes))
@@ -188,16 +220,25 @@ class StepPricer:
         names = tuple(level.name for i, level in enumerate(graph.levels) if levels >> i & 1)
         return next((c for c in graph.collectives if (c.kind, c.levels) == (kind, names)), None)
 
-    def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:
-        """Return the price of a step between ranks; what the bytes are of says ``planner.cost.moves.Move``.
+    def move(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int, copied_bytes: int) -> Price:
+        """Return the price of a step: what ranks send, and what each copies for it before and after.
 
-        The runtime copies into the buffer that is sent and out of the one that comes (``runtime.comm.exchange``).
+        Args:
+            kind: of the step.
+            axes: along which ranks talk.
+            num_bytes: of what says ``planner.cost.moves.Move``; of no account where no ranks talk.
+            copied_bytes: read or written on the busiest rank, see ``planner.cost.moves.copied_elements``.
         """
-        calls = {
-            StepKind.ALL_REDUCE: self.all_reduce,
-            StepKind.REDUCE_SCATTER: self.reduce_scatter,
-            StepKind.ALL_GATHER: self.all_gather,
-        }
-        sent = calls.get(kind, self.exchange)(axes, num_bytes)
-        packing_s = (4 if kind is StepKind.EXCHANGE else 2) * num_bytes / self.packing_bytes_per_s
-        return Price(sent.seconds + packing_s, sent.num_bytes, sent.levels)
+        copying = Price(copied_bytes / self.packing_bytes_per_s, 0.0)
+        return copying + self._collective_of(kind)(axes, num_bytes) if kind.communicates else copying
+
+    def _collective_of(self, kind: StepKind) -> Callable[[tuple[int, ...], int], Price]:
+        match kind:
+            case StepKind.ALL_REDUCE:
+                return self.all_reduce
+            case StepKind.REDUCE_SCATTER:
+                return self.reduce_scatter
+            case StepKind.ALL_GATHER:
+                return self.all_gather
+            case _:
+                return self.exchange

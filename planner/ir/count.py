@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planner.ir.graph import Layer, LayerGraph, Parameter
+from planner.ir.graph import Layer, LayerGraph, Parameter, is_boundary
 from planner.ir.ops import (
     BatchNorm,
     Conv,
@@ -16,6 +16,7 @@ from planner.ir.ops import (
     Op,
     Permute,
     PerSample,
+    Receive,
     Reshape,
 )
 from planner.ir.split import LayerId
@@ -121,7 +122,7 @@ def _is_in_weight(parameter: Parameter, op: Op) -> bool:
 
 def _computes(op: Op) -> bool:
     """Return whether an operator reads and writes memory; views do not."""
-    views = isinstance(op, Reshape | Permute) or op.kind in {"input", "output", "redistribute"}
+    views = isinstance(op, Reshape | Permute) or is_boundary(op) or op.kind == "redistribute"
     return not views and not (op.kind == "elementwise" and getattr(op, "function", "") == "identity")
 
 
@@ -135,7 +136,7 @@ def gradient_flow(graph: LayerGraph) -> dict[LayerId, bool]:
     """Return for each layer whether its output carries a gradient in training: not behind ``detach``."""
     flows: dict[LayerId, bool] = {}
     for layer in graph.layers:
-        own = any(p.trainable for p in layer.params)
+        own = any(p.trainable for p in layer.params) or layer.op == Receive(has_gradient=True)
         before = layer.op != _DETACH and any(flows[i] for i in layer.inputs)
         flows[layer.id] = layer.output.dtype.is_floating and (own or before) and not _ends_gradient(layer)
     return flows

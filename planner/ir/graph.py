@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import networkx as nx
 
 from planner.ir.canonical import sha256_of
-from planner.ir.ops import Input, Op, Output, Redistribute
+from planner.ir.ops import Input, Op, Output, Receive, Redistribute, Send
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 
@@ -173,10 +173,15 @@ def share_transfers(graph: LayerGraph) -> LayerGraph:
 
 
 def _reads_directly(layer: Layer) -> bool:
-    return isinstance(layer.op, Output) or layer.follows is not None
+    return isinstance(layer.op, Output | Send) or layer.follows is not None
 
 
 def is_boundary(op: Op) -> bool:
+    """Return whether an operator computes nothing: a tensor enters or leaves the model or a pipeline stage there."""
+    return isinstance(op, Input | Output | Receive | Send)
+
+
+def is_pinned(op: Op) -> bool:
     """Return whether an operator is an input or output of the model, whose split the plan's io pins."""
     return isinstance(op, Input | Output)
 

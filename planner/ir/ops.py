@@ -21,6 +21,22 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Receive:
+    """A tensor that the previous pipeline stage sends."""
+
+    kind: ClassVar[str] = "receive"
+    has_gradient: bool
+    """Its gradient goes back to where it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A tensor that goes to the next pipeline stage, and whose gradient comes from there."""
+
+    kind: ClassVar[str] = "send"
+
+
+@dataclass(frozen=True, slots=True)
 class Redistribute:
     """One layout of a tensor, shared by those of its consumers that ask for it."""
 
@@ -265,9 +281,9 @@ class Loss:
 
 
 Op = (
-    Input | Output | Redistribute | Conv | ConvTranspose | Linear | BatchNorm | GroupNorm | Pool | AdaptivePool
-    | Interpolate | PixelShuffle | Elementwise | Dropout | Concat | Reshape | Permute | Along | Reduce | PerSample
-    | Custom | Softmax | Loss
+    Input | Output | Receive | Send | Redistribute | Conv | ConvTranspose | Linear | BatchNorm | GroupNorm | Pool
+    | AdaptivePool | Interpolate | PixelShuffle | Elementwise | Dropout | Concat | Reshape | Permute | Along | Reduce
+    | PerSample | Custom | Softmax | Loss
 )  # fmt: skip
 """Every operator kind. A new one needs a rule in ``planner.ir.rules`` and a lowering in ``runtime.lowering.lower``."""
 

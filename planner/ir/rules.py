@@ -38,9 +38,11 @@ from planner.ir.ops import (
     PerSample,
     PixelShuffle,
     Pool,
+    Receive,
     Redistribute,
     Reduce,
     Reshape,
+    Send,
     Softmax,
 )  # fmt: skip
 from planner.ir.split import Split
@@ -57,6 +59,11 @@ class InputOutput(StrEnum):
     LOCAL = "local"
     """Each rank passes its region of the inputs and gets its region of the outputs; the plan splits both, by samples
     and space."""
+
+
+def default_io(batch: int, num_ranks: int) -> InputOutput:
+    """Return ``per-rank`` where every rank gets a sample, else ``global``."""
+    return InputOutput.PER_RANK if num_ranks <= batch else InputOutput.GLOBAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
                 _of_dims(inputs, output, {0: 0}), inputs, output,
                 [ScaleWindow(n, 1, factor) if back else ScaleWindow(n, factor, 1) for n in output.shape[2:]],
             )  # fmt: skip
-        case BatchNorm() | Elementwise() | Dropout() | Input() | Output():
+        case BatchNorm() | Elementwise() | Dropout() | Input() | Output() | Receive() | Send():
             return _pointwise(inputs, output)
         case GroupNorm():  # statistics are sums over the ranks that hold parts of space
             return _pointwise(inputs, output, {d for d in range(2, len(output.shape)) if not _is_space(output, d)})

@@ -17,6 +17,8 @@ from runtime.comm.communicator import Communicator, members_of
 from runtime.comm.packing import Exchange, format_of, new_like
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+Steps = tuple[tuple[Run, ...], tuple[Run, ...]]
+"""Compiled: what to run forward and backward."""
 
 MAX_BATCH_SIZES: Final = 32
 """For which a conversion stays compiled."""
@@ -34,8 +36,10 @@ def _guarded(run: Run, step: Step, communicator: Communicator, name: str) -> Run
 
     @functools.wraps(run)
     def guarded(x: torch.Tensor) -> torch.Tensor:
-        with named(step.kind, communicator, name):
+        try:  # not ``named``: a generator to enter in every step
             return run(x)
+        except RuntimeError as error:
+            raise failure(error, step.kind, communicator, name) from error
 
     return guarded
 
@@ -46,10 +50,15 @@ def named(kind: StepKind, communicator: Communicator, name: str) -> Iterator[Non
     try:
         yield
     except RuntimeError as error:
-        raise RunError(
-            f"rank {communicator.mesh.ranks[communicator.position]}: {kind} of {name} failed: {error}. "
-            "If a peer died or hangs, see its own message."
-        ) from error
+        raise failure(error, kind, communicator, name) from error
+
+
+def failure(error: RuntimeError, kind: StepKind, communicator: Communicator, name: str) -> RunError:
+    """Return an error that names rank, layer and collective."""
+    return RunError(
+        f"rank {communicator.mesh.ranks[communicator.position]}: {kind} of {name} failed: {error}. "
+        "If a peer died or hangs, see its own message."
+    )
 
 
 def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  # a table of kinds
@@ -121,7 +130,7 @@ def _all_gather(step: Step, communicator: Communicator) -> Run:
         if math.prod(whole[: step.dim]) == 1:
             return _in_format_of(x, found.view(whole))
         pieces = [p.view(s) for p, s in zip(found.split(counts), shapes, strict=True)]
-        return torch.cat(pieces, step.dim, out=new_like(x, whole))
+        return torch.cat(pieces, step.dim, out=None if x.is_contiguous() else new_like(x, whole))
 
     return run
 
@@ -167,7 +176,8 @@ class Conversion:
     target: Layout
     name: str
     samples: tuple[int, int] | None
-    _compiled: dict[Batch, tuple[tuple[Run, ...], tuple[Run, ...]]] = field(default_factory=dict)
+    _compiled: dict[Batch, Steps] = field(default_factory=dict)
+    _shares: dict[tuple[bool, Batch], float] = field(default_factory=dict)
 
     @functools.cached_property
     def is_trivial(self) -> bool:
@@ -177,21 +187,22 @@ class Conversion:
     def __deepcopy__(self, _memo: dict[int, Any]) -> "Conversion":
         return self  # it knows nothing of tensors
 
-    def compiled(self, batch: Batch, communicator: Communicator) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    def compiled(self, batch: Batch, communicator: Communicator) -> Steps:
         """Return what to run forward and backward.
 
         Raises:
             MismatchError: the batch is so small that a rank would get nothing.
         """
-        if batch not in self._compiled:
+        found = self._compiled.get(batch)
+        if found is None:
             source, target = self.layouts(batch)
             if len(self._compiled) >= MAX_BATCH_SIZES:
                 self._compiled.clear()
-            self._compiled[batch] = (
+            found = self._compiled[batch] = (
                 compile_steps(source, target, communicator, self.name),
                 compile_steps(target.gradient, source.gradient, communicator, f"the gradient of {self.name}"),
             )
-        return self._compiled[batch]
+        return found
 
     def layouts(self, batch: Batch) -> tuple[Layout, Layout]:
         """Return source and target for a batch.
@@ -209,8 +220,14 @@ class Conversion:
 
     def share(self, side: Layout, batch: Batch, communicator: Communicator) -> float:
         """Return which share of the elements this rank has on a side, source or target; 1 where it has them all."""
-        layout = self._resized(side, batch)
-        return layout.region(communicator.position).volume / math.prod(layout.shape)
+        key = (side is self.source, batch)
+        found = self._shares.get(key)
+        if found is None:
+            layout = self._resized(side, batch)
+            if len(self._shares) >= 2 * MAX_BATCH_SIZES:
+                self._shares.clear()
+            found = self._shares[key] = layout.region(communicator.position).volume / math.prod(layout.shape)
+        return found
 
     def _resized(self, layout: Layout, batch: Batch) -> Layout:
         """Return a layout for another batch; where every axis cuts the samples, pieces are the users' own."""
@@ -224,7 +241,8 @@ class Conversion:
         return layout
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise UsageError(
             "backward(create_graph=True) through a parallel module: there is no backward pass of its backward pass, as "
@@ -232,36 +250,93 @@ def _refuse_second_derivative() -> None:
         )
 
 
+@dataclass(frozen=True)
+class Added:
+    """A bias that is added behind a conversion, in the same node of autograd.
+
+    Attributes:
+        factor: multiplies its gradient.
+        num_spatial: dimensions of space behind the channels.
+    """
+
+    factor: float
+    num_spatial: int
+
+    def to(self, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with the bias."""
+        return y + bias.to(y.dtype).view(-1, *[1] * self.num_spatial)
+
+    def gradient(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the gradient of a bias of some element type."""
+        channels = gradient.dim() - 1 - self.num_spatial
+        found = gradient.sum([d for d in range(gradient.dim()) if d != channels]).to(dtype)
+        return found if self.factor == 1.0 else found * self.factor
+
+
+Factors = Callable[[], tuple[float, float]]
+"""Of the gradients of source and target; asked for in the backward pass."""
+
+
 class Convert(torch.autograd.Function):
-    """Runs compiled steps forward and their adjoint backward."""
+    """Runs compiled steps forward and their adjoint backward; gradients may be weighed, and a bias added."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, forward: tuple[Run, ...], backward: tuple[Run, ...]) -> torch.Tensor:
-        ctx.backward_steps = backward
+    def forward(  # what autograd passes
+        ctx: Any,
+        x: torch.Tensor,
+        compiled: Steps,
+        factors: Factors | None,
+        bias: torch.Tensor | None,
+        added: Added | None,
+    ) -> torch.Tensor:
+        forward, ctx.backward_steps = compiled
+        ctx.factors, ctx.added = factors, added
         y = x
         for run in forward:
             y = run(y)
+        if bias is not None and added is not None:
+            ctx.bias_dtype = bias.dtype
+            return added.to(y, bias)
         return y.view_as(y) if y is x else y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         (gradient,) = gradients
+        of_source, of_target = (1.0, 1.0) if ctx.factors is None else ctx.factors()
+        if of_target != 1.0:
+            gradient = gradient * of_target
+        of_x, _, _, of_bias, _ = ctx.needs_input_grad
+        bias = ctx.added.gradient(gradient, ctx.bias_dtype) if of_bias else None
+        if not of_x:
+            return None, None, None, bias, None
         for run in ctx.backward_steps:
             gradient = run(gradient)
-        return gradient, None, None
+        return gradient if of_source == 1.0 else gradient * of_source, None, None, bias, None
 
 
-class ScaleGradient(torch.autograd.Function):
-    """The identity, whose backward multiplies by a number that is asked for only then."""
+def converted(x: torch.Tensor, compiled: Steps, factors: Factors | None) -> torch.Tensor:
+    """Return a tensor behind compiled steps; without a node of autograd where no gradient is asked for."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        for run in compiled[0]:
+            x = run(x)
+        return x
+    found: torch.Tensor = Convert.apply(x, compiled, factors, None, None)
+    return found
+
+
+class ScaleGradients(torch.autograd.Function):
+    """The identity of tensors, whose backward multiplies their gradients by numbers."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: Callable[[], float]) -> torch.Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
+    def forward(ctx: Any, factors: tuple[float, ...], *tensors: torch.Tensor) -> Any:
+        ctx.factors = factors
+        ctx.set_materialize_grads(False)
+        found = tuple(x.view_as(x) for x in tensors)
+        return found if len(found) > 1 else found[0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        _refuse_second_derivative()
-        factor = ctx.factor()
-        return gradients[0] if factor == 1.0 else gradients[0] * factor, None
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        refuse_second_derivative()
+        pairs = zip(gradients, ctx.factors, strict=True)
+        return None, *(g if g is None or factor == 1.0 else g * factor for g, factor in pairs)

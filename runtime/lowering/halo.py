@@ -11,22 +11,20 @@ The numbers of both ways are the same up to the order of sums.
 Shapes: N samples, C channels, ... space.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from planner.ir import ops as ir
 from planner.ir.halo import Window
 from planner.ir.region import Region
 from planner.ir.transfer import StepKind, steps
 from runtime.comm.communicator import Communicator
-from runtime.comm.exchange import MAX_BATCH_SIZES, Batch, Conversion, ScaleGradient, exchange_of, named
-from runtime.comm.packing import Exchange, Narrows, narrowed, narrows_of, new_like
+from runtime.comm.exchange import MAX_BATCH_SIZES, Batch, Conversion, exchange_of, failure, refuse_second_derivative
+from runtime.comm.packing import Exchange, Joined, Narrows, narrowed, narrows_of, new_like
 from runtime.lowering.pieces import Piece
 from runtime.state import StepState
 
@@ -35,6 +33,10 @@ Box = tuple[tuple[int, int], ...]
 
 _SPACE: Final = 2
 """The first dimension of space."""
+
+_SMALL: Final = 1 << 15
+"""Elements of a piece that is copied in less time than the calls take which would copy it while halos are on their way.
+"""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,8 @@ class Geometry:
     def convolved(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the outputs of a frame."""
         op = self.op
-        return torch.convolution(
-            x, weight, bias, op.stride, self.padding, op.dilation, False, [0] * len(op.kernel), self.groups
-        )
+        zeros = (0,) * len(op.kernel)
+        return torch.convolution(x, weight, bias, op.stride, self.padding, op.dilation, False, zeros, self.groups)
 
     def gradients(
         self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Sequence[bool]
@@ -114,7 +115,7 @@ class Geometry:
         """Return the gradients of a frame, the weight and the bias, as far as the mask asks for them."""
         op = self.op
         found: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-        found = torch.ops.aten.convolution_backward(
+        found = torch.ops.aten.convolution_backward.default(
             gradient, x, weight, [weight.shape[0]], op.stride, self.padding, op.dilation, False,
             [0] * len(op.kernel), self.groups, list(mask),
         )  # fmt: skip
@@ -132,6 +133,7 @@ class Frame:
         own: the part that the rank has: where it is in the box, and in the rank's piece; None where it has none of it.
         halos: parts that come: which one, where it is in the box, and in what came.
         is_own: the box is the rank's piece.
+        joined: how one concatenation fills the box; None where it cannot.
     """
 
     region: Region
@@ -140,6 +142,7 @@ class Frame:
     own: tuple[Narrows, Narrows] | None
     halos: tuple[tuple[int, Narrows, Narrows], ...]
     is_own: bool
+    joined: Joined | None
 
     @staticmethod
     def of(box: Box, exchange: Exchange, sizes: tuple[int, ...]) -> "Frame":
@@ -147,16 +150,28 @@ class Frame:
         piece = exchange.own
         starts, stops = zip(*box, strict=True)
         region = Region((*piece.start[:_SPACE], *starts), (*piece.stop[:_SPACE], *stops))
-        zeros: list[Narrows] = []
+        outside: list[Region] = []
         for dim, size in enumerate(sizes, start=_SPACE):
-            before, behind = max(-region.start[dim], 0), max(region.stop[dim] - size, 0)
-            zeros += [((dim, 0, before),)] if before else []
-            zeros += [((dim, region.shape[dim] - behind, behind),)] if behind else []
+            start, stop = region.start[dim], region.stop[dim]
+            outside += [_with_side(region, dim, start, min(0, stop))] if start < 0 else []
+            outside += [_with_side(region, dim, max(size, start), stop)] if stop > size else []
+        zeros = tuple(narrows_of(part, region) for part in outside)
         common = piece.intersect(region)
         own = None if common is None else (narrows_of(common, region), narrows_of(common, piece))
         halos = [(k, part, part.intersect(region)) for k, part in enumerate(exchange.incoming)]
         found = [(k, narrows_of(c, region), narrows_of(c, part)) for k, part, c in halos if c is not None]
-        return Frame(region, region.shape, tuple(zeros), own, tuple(found), region == piece)
+        joined = Joined.of(region, piece, common, exchange.incoming, outside)
+        return Frame(region, region.shape, zeros, own, tuple(found), region == piece, joined)
+
+    def filled(self, x: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the box from the own piece and what came from others."""
+        if self.is_own:
+            return x
+        if self.joined is not None and x.is_contiguous():
+            return self.joined.filled(x, parts)
+        result = self.begun(x)
+        self.finish(result, parts)
+        return result
 
     def begun(self, x: torch.Tensor) -> torch.Tensor:
         """Return the box with what is own in it, and zeros outside the whole tensor; the rest is not filled."""
@@ -173,6 +188,13 @@ class Frame:
         """Put what came from others into the box."""
         for k, place, part in self.halos:
             narrowed(result, place).copy_(narrowed(parts[k], part))
+
+
+def _with_side(region: Region, dim: int, start: int, stop: int) -> Region:
+    """Return the part of a region between two positions of a dimension."""
+    starts, stops = list(region.start), list(region.stop)
+    starts[dim], stops[dim] = start, stop
+    return Region(tuple(starts), tuple(stops))
 
 
 @dataclass(frozen=True)
@@ -212,9 +234,14 @@ class Halo:
         return [(self._frame(box), self._place(box)) for box in self.geometry.strips(self.interior)]
 
     @functools.cached_property
-    def needed(self) -> Narrows:
-        """Where the region after the exchange is in the frame."""
-        return narrows_of(self.forward.need, self.frame.region)
+    def returning(self) -> Exchange:
+        """The exchange of the gradients of borders, out of the gradient of the frame."""
+        return self.backward.within(self.frame.region)
+
+    @functools.cached_property
+    def _returned(self) -> list[Narrows]:
+        """Where what comes back is in the own piece."""
+        return [narrows_of(region, self.forward.own) for region in self.backward.incoming]
 
     def _frame(self, outputs: Box) -> Frame:
         return Frame.of(self.geometry.frame(outputs), self.forward, self.geometry.sizes)
@@ -225,17 +252,18 @@ class Halo:
 
     def start(self, exchange: Exchange, x: torch.Tensor, kind: str = "") -> Callable[[], list[torch.Tensor]]:
         """Start an exchange; failures name it."""
-        with self._named(kind):
+        try:
             arrived = exchange.start(x, self.communicator)
+        except RuntimeError as error:
+            raise failure(error, StepKind.EXCHANGE, self.communicator, kind + self.name) from error
 
         def wait() -> list[torch.Tensor]:
-            with self._named(kind):
+            try:
                 return arrived()
+            except RuntimeError as error:
+                raise failure(error, StepKind.EXCHANGE, self.communicator, kind + self.name) from error
 
         return wait
-
-    def _named(self, kind: str) -> contextlib.AbstractContextManager[None]:
-        return named(StepKind.EXCHANGE, self.communicator, kind + self.name)
 
     def computed(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -247,8 +275,12 @@ class Halo:
         geometry = self.geometry
         wait = self.start(self.forward, x)
         if self.interior is None:
-            framed, parts = self.frame.begun(x), wait()
-            self.frame.finish(framed, parts)
+            if x.numel() <= _SMALL:
+                parts = wait()
+                framed = self.frame.filled(x, parts)
+            else:
+                framed, parts = self.frame.begun(x), wait()
+                self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
         read, place = self._inside
         y = geometry.convolved(narrowed(x, read), weight, bias)
@@ -256,16 +288,12 @@ class Halo:
         narrowed(result, place).copy_(y)
         parts = wait()
         for frame, place in self._strips:
-            framed = frame.begun(x)
-            frame.finish(framed, parts)
-            narrowed(result, place).copy_(geometry.convolved(framed, weight, bias))
+            narrowed(result, place).copy_(geometry.convolved(frame.filled(x, parts), weight, bias))
         return result, [x, *parts]
 
     def framed(self, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the frame of all outputs from what ``computed`` kept."""
-        result = self.frame.begun(kept[0])
-        self.frame.finish(result, kept[1:])
-        return result
+        return self.frame.filled(kept[0], kept[1:])
 
     def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""
@@ -276,9 +304,8 @@ class Halo:
             result = new_like(framed, own.shape).zero_()
             if frame.own is not None:
                 narrowed(result, frame.own[1]).copy_(narrowed(framed, frame.own[0]))
-        for region, part in zip(self.backward.incoming, parts, strict=True):
-            place = narrowed(result, narrows_of(region, own))
-            place += part
+        for place, part in zip(self._returned, parts, strict=True):
+            narrowed(result, place).add_(part)
         return result
 
 
@@ -286,21 +313,29 @@ class HaloConvolution(torch.autograd.Function):
     """A convolution on a piece with the exchange of its borders, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, halo: Halo) -> torch.Tensor:
+    def forward(  # what autograd passes
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        halo: Halo,
+        factor: Callable[[], float] | None,
+    ) -> torch.Tensor:
         y, kept = halo.computed(x, weight, bias)
-        ctx.halo = halo
+        ctx.halo, ctx.factor = halo, factor
         ctx.save_for_backward(weight, *kept)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        refuse_second_derivative()
         halo: Halo = ctx.halo
         gradient, (weight, *kept) = gradients[0], ctx.saved_tensors
         of_input, *of_params = ctx.needs_input_grad[:3]
         geometry = halo.geometry
         if not of_input:
-            return None, *geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])[1:], None
+            _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
+            return None, *found, None, None
         overlapped = halo.interior is not None and any(of_params)
         if overlapped:  # only the shape of the input matters for its gradient
             stand_in = weight.new_empty(1).expand(halo.frame.shape)
@@ -308,10 +343,13 @@ class HaloConvolution(torch.autograd.Function):
         else:
             framed, *found = geometry.gradients(gradient, halo.framed(kept), weight, [True, *of_params])
         assert framed is not None
-        wait = halo.start(halo.backward, narrowed(framed, halo.needed), "the gradient of ")
+        wait = halo.start(halo.returning, framed, "the gradient of ")
         if overlapped:
             _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
-        return halo.gradient_of_piece(framed, wait()), *found, None
+        of_piece = halo.gradient_of_piece(framed, wait())
+        if ctx.factor is not None and (factor := ctx.factor()) != 1.0:
+            of_piece = of_piece * factor
+        return of_piece, *found, None, None
 
 
 @dataclass
@@ -335,13 +373,15 @@ class HaloCall:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         halo = self._halo(self.state.current_batch())
+        factor = None
         if self.gradient_factor is not None and x.requires_grad:
-            x = ScaleGradient.apply(x, functools.partial(self.gradient_factor, self.state.of_this_pass()))
-        found: torch.Tensor = HaloConvolution.apply(*_cast(x, weight, bias), halo)
+            factor = functools.partial(self.gradient_factor, self.state.of_this_pass())
+        found: torch.Tensor = HaloConvolution.apply(*_cast(x, weight, bias), halo, factor)
         return found
 
     def _halo(self, batch: Batch) -> Halo:
-        if batch not in self._compiled:
+        found = self._compiled.get(batch)
+        if found is None:
             if len(self._compiled) >= MAX_BATCH_SIZES:
                 self._compiled.clear()
             source, target = self.conversion.layouts(batch)
@@ -351,17 +391,24 @@ class HaloCall:
             own, geometry = forward.own, self.geometry
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
             interior = geometry.interior(box) if self.overlapped else None
-            self._compiled[batch] = Halo(geometry, forward, backward, interior, self.conversion.name, communicator)
-        return self._compiled[batch]
+            found = Halo(geometry, forward, backward, interior, self.conversion.name, communicator)
+            self._compiled[batch] = found
+        return found
 
     def __str__(self) -> str:
         return f"conv with halo{', overlapped' if self.overlapped else ''}"
 
 
-def _cast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _cast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return tensors in the element type that autocast gives a convolution."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return x, weight, bias
     wanted = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(wanted) for t in tensors)
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t if t.dtype == torch.float64 else t.to(wanted)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)

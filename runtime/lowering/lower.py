@@ -84,7 +84,7 @@ class Lowering(Operators):
         outputs: list[fx.Node] = []
         for layer in self._traced.layers.layers:
             match layer.op:
-                case ir.Output():
+                case ir.Output() | ir.Send():
                     outputs.append(self._converted(layer, 0))
                 case ir.Redistribute():
                     self._origins[layer.id] = layer.inputs[0]
@@ -105,7 +105,7 @@ class Lowering(Operators):
         main, *absorbed = (self._nodes[name] for name in names)
         for node in (main, *absorbed):
             node.meta[LAYER] = layer.id
-        if not isinstance(layer.op, ir.Input):
+        if not isinstance(layer.op, ir.Input | ir.Receive):
             self._connect(layer, [main, *absorbed])
             for parameter in layer.params:
                 self._params.local(layer, attribute(self._model, parameter.name))

@@ -1,6 +1,6 @@
 """Batch norm over the pieces of several ranks, equal to that of one device."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from planner.ir import ops as ir
 from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.comm.exchange import refuse_second_derivative
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
-from runtime.lowering.products import scaled
+from runtime.lowering.products import both_scaled
 from runtime.state import StepState
 
 
@@ -26,6 +27,7 @@ class Normalise(nn.Module):
     def __init__(self, op: ir.BatchNorm, axes: Axes, state: StepState) -> None:
         super().__init__()
         self._op, self._axes, self._state = op, axes, state
+        self._among: _Ranks | None = None
 
     def forward(
         self,
@@ -64,14 +66,14 @@ class Normalise(nn.Module):
         momentum: float,
     ) -> torch.Tensor:
         """Normalise by the statistics of all ranks; arguments as of ``normalised``."""
-        eps = self._op.eps
-        y: torch.Tensor
-        y, mean, variance, count = _GlobalBatchNorm.apply(x, weight, bias, eps, self._axes, self._state.communicator)
+        running = None
         if running_mean is not None and running_var is not None and self.training:
-            with torch.no_grad():
-                unbiased = variance * (count / (count - 1).clamp(min=1))
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+            running = running_mean, running_var, momentum
+        among = self._among
+        if among is None:
+            communicator = self._state.communicator
+            among = self._among = _Ranks(self._axes, group_size(communicator.mesh, self._axes), communicator)
+        y: torch.Tensor = _GlobalBatchNorm.apply(x, weight, bias, self._op.eps, running, among)
         return y
 
     def extra_repr(self) -> str:
@@ -110,12 +112,25 @@ class BatchNorm(Normalise):
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
-        weight, bias = scaled(self.weight, self._factor), scaled(self.bias, self._factor)
+        weight, bias = both_scaled(self.weight, self.bias, (self._factor, self._factor))
         return self.normalised(x, self.running_mean, self.running_var, weight, bias, momentum or 0.0)
 
 
+class _Ranks(NamedTuple):
+    """Over which mesh axes ranks add up, how many they are, and how they talk."""
+
+    axes: Axes
+    size: int
+    communicator: Communicator
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Statistics by one all-gather of (mean, squared deviations, count), joined as in [Chan79]."""
+    """Statistics by one all-gather of (mean, squared deviations, count), joined as in [Chan79].
+
+    With the sums S over the batch of all ranks, and n its elements in a channel:
+
+        dx = weight * invstd * (dy - S(dy) / n - (x - mean) * invstd * S(dy * xhat) / n)
+    """
 
     @staticmethod
     def forward(  # what autograd passes
@@ -124,45 +139,50 @@ class _GlobalBatchNorm(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
-        axes: Axes,
-        communicator: Communicator,
-    ) -> Any:
+        running: tuple[torch.Tensor, torch.Tensor, float] | None,
+        among: _Ranks,
+    ) -> torch.Tensor:
         channels = x.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         # the kernel of torch's own batch norm: a quarter of the time of torch.var_mean on a CPU
         mean, variance = torch.batch_norm_update_stats(x.to(wide), None, None, 0.0)
         packed = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
-        size = group_size(communicator.mesh, axes)
-        rows = communicator.all_gather(packed, [packed.numel()] * size, axes).view(size, -1)
-        means, variances, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
+        found = among.communicator.all_gather(packed, [packed.numel()] * among.size, among.axes)
+        means, variances, counts = found.view(among.size, -1).split([channels, channels, 1], 1)
         count = counts.sum()  # stays on the device: reading it would make the host wait
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
-        y = functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        shares = counts / count
+        mean = (means * shares).sum(0)
+        apart = means - mean
+        variance = (torch.addcmul(variances, apart, apart) * shares).sum(0)
+        y = torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
+        if running is not None:
+            running_mean, running_var, momentum = running
+            unbiased = variance * (count / (count - 1).clamp_(min=1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.count, ctx.axes, ctx.communicator, ctx.eps, ctx.dtype = count, axes, communicator, eps, x.dtype
-        ctx.mark_non_differentiable(mean, variance, count)
-        return y, mean, variance, count
+        ctx.count, ctx.among, ctx.eps = count, among, eps
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        refuse_second_derivative()
         x, weight, mean, variance = ctx.saved_tensors
-        wide = mean.dtype
+        wide, narrow = mean.dtype, x.dtype
         x = x.to(wide)
         dy = gradients[0].to(wide).contiguous(memory_format=format_of(x))  # see runtime.lowering.ops.steadied
         scale = torch.ones_like(mean) if weight is None else weight.to(wide)
         # with the statistics as constants, in one pass: what is missing is what flows through them
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward.default(
             dy, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         packed = torch.cat([d_bias, d_weight])
-        ctx.communicator.all_reduce(packed, ctx.axes)
-        mean_dy, mean_dy_xhat = (packed / ctx.count).chunk(2)
-        invstd = torch.rsqrt(variance + ctx.eps)
-        scale = scale * invstd
-        slope = scale * invstd * mean_dy_xhat
+        ctx.among.communicator.all_reduce(packed, ctx.among.axes)
+        invstd = (variance + ctx.eps).rsqrt_()
+        mean_dy, mean_dy_xhat = (packed.view(2, -1) * (scale * invstd / ctx.count)).unbind()
+        slope = mean_dy_xhat.mul_(invstd)
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        dx.addcmul_(x, slope.neg().view(shape)).sub_((scale * mean_dy - slope * mean).view(shape))
+        dx.addcmul_(x, slope.view(shape), value=-1).sub_(mean_dy.addcmul_(slope, mean, value=-1).view(shape))
         if weight is None:
-            return dx.to(ctx.dtype), None, None, None, None, None
-        return dx.to(ctx.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None
+            return dx.to(narrow), None, None, None, None, None
+        return dx.to(narrow), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None, None

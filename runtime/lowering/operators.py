@@ -24,10 +24,10 @@ from runtime.lowering.chance import Dropout, shard_key
 from runtime.lowering.group_norm import GroupNormOverSpace
 from runtime.lowering.halo import Geometry, HaloCall
 from runtime.lowering.norms import BatchNorm, Normalise
-from runtime.lowering.ops import LocalLoss, LocalMeanOfClasses, Redistribution, WithScaledGradients, written_items
+from runtime.lowering.ops import Bias, LocalLoss, LocalMeanOfClasses, Redistribution, WithScaledGradients, written_items
 from runtime.lowering.pieces import Local, broadcast_index, on_piece
-from runtime.lowering.products import Bias, OfArguments, Product, scaled
-from runtime.lowering.rewriting import Rewriting, identifier, of_input
+from runtime.lowering.products import OfArguments, Product, paired
+from runtime.lowering.rewriting import Rewriting, identifier
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -206,7 +206,7 @@ class Operators(Rewriting):
             if adds_bias:
                 return node
             assert isinstance(product, Product)
-            bias = Bias(product.scaled_bias, num_spatial) if product.bias is not None else None
+            bias = product.bias_and_factor if product.bias is not None else None
         else:
             operand = operands(Call.of(node, self._model))
             read = operand["bias"]
@@ -218,8 +218,8 @@ class Operators(Rewriting):
             node = self._take_over(node, new)
             if adds_bias:
                 return node
-            bias = None if read is None else Bias(self._reader(_target(read)), num_spatial)
-        return self._resolved(layer, node, bias)
+            bias = None if read is None else self._reader(_target(read))
+        return self._resolved(layer, node, bias, num_spatial)
 
     def _product_call(self, layer: Layer, op: Any) -> Local:
         """Return a product on this rank's piece, from its input, weight and bias."""
@@ -227,9 +227,9 @@ class Operators(Rewriting):
         if not self._fetches_halo(layer):
             return on_piece(op, piece, torch.clone)  # it has a local form
         conversion, overlapped = self._conversion(layer, 0), layer.id in self._overlapped
-        is_input = isinstance(self._traced.layers[layer.inputs[0]].op, ir.Input)
-        factor = functools.partial(of_input, conversion) if is_input else None
-        return HaloCall(conversion, Geometry.of(op, piece), overlapped, self._state, factor)
+        factor = self._input_factor(self._traced.layers[layer.inputs[0]].op)
+        bound = None if factor is None else functools.partial(factor, conversion)
+        return HaloCall(conversion, Geometry.of(op, piece), overlapped, self._state, bound)
 
     def _product_module(self, layer: Layer, original: nn.Module, call: Local, adds_bias: bool) -> nn.Module:
         whole = getattr(original, "weight")  # noqa: B009  # a product has one
@@ -243,9 +243,9 @@ class Operators(Rewriting):
         return Product(call, weight, bias, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter
 
     def _reader(self, name: str) -> Any:
-        """Return a function that returns a local parameter whose gradient has this rank's factor; it can be copied."""
+        """Return a function that returns a local parameter and this rank's factor of its gradient; it can be copied."""
         piece = self._params.pieces[id(attribute(self._model, name))]
-        return functools.partial(scaled, piece, self._params.factors.get(name, 1.0))
+        return functools.partial(paired, piece, self._params.factors.get(name, 1.0))
 
     def _batch_norm(self, layer: Layer, node: fx.Node, op: ir.BatchNorm, original: nn.Module | None) -> None:
         axes = reduced_axes(layer.output, self._layouts[layer.id].output) if self._plan.sync_batch_norm else ()

@@ -16,7 +16,7 @@ from torch import nn
 from planner.frontend.proxy import write_items
 from planner.ir.transfer import StepKind
 from runtime.comm.communicator import Axes, Communicator
-from runtime.comm.exchange import Conversion, Convert, ScaleGradient, named
+from runtime.comm.exchange import Added, Conversion, Convert, Factors, Steps, converted, named
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
 from runtime.lowering.products import scaled
@@ -24,6 +24,8 @@ from runtime.state import StepState
 
 Factor = Callable[[StepState], float]
 """Of a gradient; asked for in the backward pass."""
+BiasOf = Callable[[], tuple[torch.Tensor | None, float]]
+"""Returns a bias, and the factor of its gradient."""
 
 
 class Redistribution(nn.Module):
@@ -48,21 +50,59 @@ class Redistribution(nn.Module):
 
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state = self._state
-        x = self._scaled(x, self._source_factor)
-        if not self._conversion.is_trivial:
-            forward, backward = self._conversion.compiled(state.current_batch(), state.communicator)
-            x = Convert.apply(x, forward, backward)
-        return self._scaled(x, self._target_factor)
-
-    def _scaled(self, x: torch.Tensor, factor: Factor | None) -> torch.Tensor:
-        if factor is None or not x.requires_grad:
+        factors = self._factors() if x.requires_grad else None
+        if factors is None and self._conversion.is_trivial:
             return x
-        found: torch.Tensor = ScaleGradient.apply(x, functools.partial(factor, self._state.of_this_pass()))
-        return found
+        return converted(x, self._steps(), factors)
+
+    def _steps(self) -> Steps:
+        """Return what is to be done in this pass, forward and backward."""
+        conversion, state = self._conversion, self._state
+        return ((), ()) if conversion.is_trivial else conversion.compiled(state.current_batch(), state.communicator)
+
+    def _factors(self) -> Factors | None:
+        """Return what will ask for the factors of this pass, in its backward pass."""
+        if self._source_factor is None and self._target_factor is None:
+            return None
+        return functools.partial(_factors, self._source_factor, self._target_factor, self._state.of_this_pass())
 
     def extra_repr(self) -> str:
         return self._conversion.name
+
+
+def _factors(source: Factor | None, target: Factor | None, state: StepState) -> tuple[float, float]:
+    return 1.0 if source is None else source(state), 1.0 if target is None else target(state)
+
+
+class Bias(Redistribution):
+    """Resolves the partial sums of a product and adds its bias, once; holds no parameter itself.
+
+    Args:
+        conversion: both layouts.
+        state: of this rank.
+        bias: returns it, and the factor of its gradient.
+        num_spatial: dimensions of space behind the channels.
+    """
+
+    def __init__(
+        self,
+        conversion: Conversion,
+        state: StepState,
+        bias: BiasOf,
+        num_spatial: int,
+    ) -> None:
+        super().__init__(conversion, state)
+        self._bias, self._num_spatial = bias, num_spatial
+
+    def parameter(self) -> torch.Tensor | None:
+        """Return the bias itself."""
+        return self._bias()[0]
+
+    @uncompiled
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias, factor = self._bias()
+        found: torch.Tensor = Convert.apply(x, self._steps(), None, bias, Added(factor, self._num_spatial))
+        return found
 
 
 class LocalLoss(nn.Module):

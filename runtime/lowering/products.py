@@ -1,6 +1,5 @@
 """Convolutions, transposed convolutions and linear layers on this rank's pieces of weight and bias."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from planner.ir import ops as ir
-from runtime.comm.exchange import ScaleGradient
+from runtime.comm.exchange import ScaleGradients
 
 _CONVOLUTIONS: Any = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
@@ -92,40 +91,15 @@ class Product(nn.Module):
         return len(self._calls) - 1
 
     def forward(self, x: torch.Tensor, call: int = 0) -> torch.Tensor:
-        weight = scaled(self.weight, self._factors[0])
-        return self._calls[call](x, weight, self.scaled_bias() if self._adds_bias else None)
+        bias = self.bias if self._adds_bias else None
+        return self._calls[call](x, *both_scaled(self.weight, bias, self._factors))
 
-    def scaled_bias(self) -> torch.Tensor | None:
-        """Return the bias as the layer uses it."""
-        found: torch.Tensor | None = scaled(self.bias, self._factors[1])
-        return found
+    def bias_and_factor(self) -> tuple[torch.Tensor | None, float]:
+        """Return the bias and the factor of its gradient."""
+        return self.bias, self._factors[1]
 
     def extra_repr(self) -> str:
         return f"{self._calls[0]}, local weight {tuple(self.weight.shape)}"
-
-
-class Bias(nn.Module):
-    """Adds the bias of a product whose partial sums have been resolved; holds no parameter itself.
-
-    Args:
-        bias: returns it.
-        num_spatial: dimensions of space behind the channels.
-    """
-
-    def __init__(self, bias: Callable[[], torch.Tensor | None], num_spatial: int) -> None:
-        super().__init__()
-        self._bias, self._num_spatial = bias, num_spatial
-
-    def parameter(self) -> torch.Tensor | None:
-        """Return the bias itself."""
-        if isinstance(self._bias, functools.partial):
-            found: torch.Tensor | None = self._bias.args[0]  # of ``scaled``
-            return found
-        return getattr(self._bias, "__self__").bias  # type: ignore[no-any-return]  # noqa: B009  # of a product's method
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        bias = self._bias()
-        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * self._num_spatial)
 
 
 class OfArguments(nn.Module):
@@ -144,4 +118,22 @@ class OfArguments(nn.Module):
 
 def scaled(parameter: torch.Tensor | None, factor: float) -> Any:
     """Return a parameter whose gradient is multiplied by a factor."""
-    return parameter if parameter is None or factor == 1.0 else ScaleGradient.apply(parameter, lambda: factor)
+    return parameter if parameter is None or factor == 1.0 else ScaleGradients.apply((factor,), parameter)
+
+
+def both_scaled(
+    weight: torch.Tensor | None, bias: torch.Tensor | None, factors: tuple[float, float]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return two parameters whose gradients are multiplied by factors: by one node of autograd, where that can be."""
+    of_weight, of_bias = factors
+    if of_weight == 1.0 and of_bias == 1.0:
+        return weight, bias
+    if weight is None or bias is None or not (weight.requires_grad and bias.requires_grad):
+        return scaled(weight, of_weight), scaled(bias, of_bias)
+    found: tuple[torch.Tensor, torch.Tensor] = ScaleGradients.apply(factors, weight, bias)
+    return found
+
+
+def paired(parameter: torch.Tensor | None, factor: float) -> tuple[torch.Tensor | None, float]:
+    """Return a bias and its factor, as ``Product.bias_and_factor``."""
+    return parameter, factor

@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -22,12 +23,13 @@ from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes
 from runtime.comm.exchange import Conversion
 from runtime.lowering.chance import Seeded, shard_key
-from runtime.lowering.ops import Redistribution
+from runtime.lowering.ops import Bias, BiasOf, Redistribution
 from runtime.lowering.pieces import Piece
-from runtime.lowering.products import Bias
 from runtime.parameters.local import LocalParameters
 from runtime.state import StepState
 
+Factor = Callable[[Conversion, StepState], float]
+"""What gradients are multiplied by at an end of the network, for a conversion there."""
 LAYER: Final = "layer"
 """In ``meta`` of every node that belongs to a layer: its id. A move belongs to the layer that it is for."""
 
@@ -66,16 +68,31 @@ class Rewriting:
         producer = graph[layer.inputs[position]]
         have, need = self._layouts[producer.id].output, self._layouts[layer.id].inputs[position]
         value = self._values[producer.id]
-        is_input, is_output = isinstance(producer.op, ir.Input), isinstance(layer.op, ir.Output)
-        if not (is_input or is_output) and not steps(have, need) and not steps(need.gradient, have.gradient):
+        source_factor, target_factor = self._input_factor(producer.op), self._output_factor(layer.op)
+        stays = not steps(have, need) and not steps(need.gradient, have.gradient)
+        if stays and source_factor is None and target_factor is None:
             return value
         if self._fetches_halo(layer):
             return value
         conversion = self._conversion(layer, position)
-        source_factor = functools.partial(of_input, conversion) if is_input else None
-        target_factor = functools.partial(of_output, conversion) if is_output else None
-        move = Redistribution(conversion, self._state, source_factor, target_factor)
+        move = Redistribution(
+            conversion, self._state,
+            None if source_factor is None else functools.partial(source_factor, conversion),
+            None if target_factor is None else functools.partial(target_factor, conversion),
+        )  # fmt: skip
         return self._insert(layer, f"transfers.{identifier(layer.id)}", move, value)
+
+    def _input_factor(self, op: ir.Op) -> Factor | None:
+        """Return what multiplies gradients that leave the network where an operator's tensor enters it."""
+        if isinstance(op, ir.Receive) and self._params.gradient_scale != 1.0:
+            return of_received
+        return of_input if isinstance(op, ir.Input) else None
+
+    def _output_factor(self, op: ir.Op) -> Factor | None:
+        """Return what multiplies gradients that enter the network where an operator's tensor leaves it."""
+        if isinstance(op, ir.Send) and self._params.gradient_scale != 1.0:
+            return of_sent
+        return of_output if isinstance(op, ir.Output) else None
 
     def _fetches_halo(self, layer: Layer) -> bool:
         """Return whether a layer's operator gets the rows of neighbours itself (``runtime.lowering.halo``)."""
@@ -91,16 +108,17 @@ class Rewriting:
         node.meta |= {"val": value.meta.get("val"), LAYER: layer.id}
         return node
 
-    def _resolved(self, layer: Layer, node: fx.Node, bias: Bias | None = None) -> fx.Node:
+    def _resolved(self, layer: Layer, node: fx.Node, bias: BiasOf | None = None, num_spatial: int = 0) -> fx.Node:
         """Turn what a layer computes into what its consumers see; behind it a bias is added."""
         mine = self._layouts[layer.id]
         if not steps(mine.computed, mine.output):
             return node
         conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples_of(layer.output))
         users = list(node.users)
-        result = self._insert(layer, f"sums.{identifier(layer.id)}", Redistribution(conversion, self._state), node)
+        resolve = Redistribution(conversion, self._state)
         if bias is not None:
-            result = self._insert(layer, f"biases.{identifier(layer.id)}", bias, result)
+            resolve = Bias(conversion, self._state, bias, num_spatial)
+        result = self._insert(layer, f"sums.{identifier(layer.id)}", resolve, node)
         for user in users:
             user.replace_input_with(node, result)
         return result
@@ -217,3 +235,13 @@ def of_input(conversion: Conversion, state: StepState) -> float:
 def of_output(conversion: Conversion, state: StepState) -> float:
     """Return the share of an output that this rank's loss is the mean of, times the scale of all gradients."""
     return conversion.share(conversion.target, state.current_batch(), state.communicator) * state.gradient_scale
+
+
+def of_received(_conversion: Conversion, state: StepState) -> float:
+    """Return what undoes ``of_sent``: between stages, gradients are those of the mean loss over the global batch."""
+    return 1.0 / state.gradient_scale
+
+
+def of_sent(_conversion: Conversion, state: StepState) -> float:
+    """Return the scale of all gradients inside the stage."""
+    return state.gradient_scale

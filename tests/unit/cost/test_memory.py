@@ -1,6 +1,7 @@
 """Bytes per device: against what autograd really holds, and against arithmetic."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from planner.cost.peak import Phase, StepMemory, step_memory
 from planner.cost.simulate import simulate
 from planner.frontend.source import load_model
 from planner.ir.dimension import Dimension
+from planner.measure.allocated import allocated_peak
 from planner.measure.saved import SavedBytes, saved_peak
 from runtime.data import own_samples
 from runtime.module import ParallelModule
@@ -67,6 +69,43 @@ def test_saved_activations_and_parameters_on_one_device_are_as_measured(name: st
     module = load_model(name, device="cpu").module
     measured = saved_peak(module, (torch.randn(shape),)) + bytes_of(state_of(module))
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("resnet50", 2), ("unet", 1)])
+def test_the_peak_of_a_step_is_what_the_allocator_gave_out(name: str, batch: int) -> None:
+    shape = (batch, *SMALLER.get(name, load_model(name).input_shapes[0]))
+    predicted = planned_memory(planner_of(load_model(name).module, shape, 1, optimizer="momentum"), "data").peak
+
+    def make() -> Callable[[], None]:
+        module = load_model(name, device="cpu").module
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            module(torch.ones(shape)).square().mean().backward()
+            optimizer.step()
+
+        return step
+
+    measured = allocated_peak(make, 2)  # the state is made by the first
+    assert predicted.total == pytest.approx(measured.num_bytes, rel=TOLERANCE)
+
+
+def test_the_allocators_peak_has_what_is_there_for_a_while_and_not_what_was_before() -> None:
+    before = torch.ones(2000)
+
+    def make() -> Callable[[], None]:
+        kept = torch.ones(1000)
+
+        def work() -> None:
+            (before[:500] + kept[:500]).exp_()
+            kept.sort()  # values and indices of 8 bytes
+
+        return work
+
+    found = allocated_peak(make, 3)
+    assert 4000 + 4000 + 8000 <= found.num_bytes < 4000 + 2 * (4000 + 8000)
+    assert len(found.place) == 3
 
 
 @pytest.mark.gpu
@@ -152,10 +191,11 @@ SIZES = st.integers(min_value=0, max_value=1000)
 
 @st.composite
 def layers(draw: st.DrawFn) -> LayerBytes:
-    gradients = draw(SIZES)
+    gradients, inputs = draw(SIZES), draw(SIZES)
     return LayerBytes(
         parameters=gradients + draw(SIZES), gradients=gradients, reduced=draw(st.sampled_from([0, gradients])),
-        state=2 * gradients, activations=draw(SIZES), computed=draw(SIZES), inputs=draw(SIZES),
+        state=2 * gradients, activations=draw(SIZES), computed=draw(SIZES), inputs=inputs,
+        framed=draw(st.sampled_from([0, inputs])), reordered=draw(SIZES),
     )  # fmt: skip
 
 

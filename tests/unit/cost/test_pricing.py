@@ -14,7 +14,7 @@ import planner.cost.edges
 from planner.cost.edges import EdgePricer
 from planner.cost.exchange import exchanged
 from planner.cost.model import CostModel, Settings
-from planner.cost.moves import Move, moves, moves_of_pairs
+from planner.cost.moves import Move, copied_elements, moves, moves_of_pairs
 from planner.cost.table import CostTable
 from planner.cost.transfer import FREE, Price, StepPricer
 from planner.devices.library import equal_devices
@@ -56,8 +56,29 @@ def elements(step: Step) -> int:
             return math.prod(max(step.source.region(p).shape[d] for p in positions) for d in dims(step))
         case StepKind.ALL_GATHER:
             return math.prod(max(step.target.region(p).shape[d] for p in positions) for d in dims(step))
-        case _:
+        case StepKind.EXCHANGE:
             return busiest(step.source, step.target)
+        case _:
+            return 0
+
+
+def copied(step: Step) -> int:
+    """Return the elements that the busiest rank copies for a step, region by region."""
+    if step.kind is not StepKind.EXCHANGE:
+        return copied_elements(step)
+    found: Counter[int] = Counter()
+    is_sum = any(d.overlaps for d in step.source.divisions)
+    for position in range(step.source.mesh.size):
+        need = step.target.region(position)
+        kept = [c.region for c in transfers(step.source, step.target) if c.source == c.target == position]
+        found[position] += need.volume if is_sum and kept != [need] else 0
+    for copy in transfers(step.source, step.target):
+        if copy.source == copy.target:
+            found[copy.source] += 2 * copy.region.volume
+        else:
+            found[copy.source] += 2 * copy.region.volume
+            found[copy.target] += (2 + is_sum) * copy.region.volume
+    return max(found.values())
 
 
 def dims(step: Step) -> range:
@@ -68,9 +89,9 @@ def dims(step: Step) -> range:
 class Tally(StepPricer):
     """Prices that tell kinds, axes and bytes apart."""
 
-    def collective(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int) -> Price:
+    def move(self, kind: StepKind, axes: tuple[int, ...], num_bytes: int, copied_bytes: int) -> Price:
         tag = 1 + KINDS.index(kind) + 10 * sum(1 << a for a in axes)
-        return Price(float(num_bytes * tag), float(num_bytes), tag)
+        return Price(float(num_bytes * tag + copied_bytes / 2**20), float(num_bytes), tag)
 
 
 def tally(mesh: Mesh) -> Tally:
@@ -79,8 +100,9 @@ def tally(mesh: Mesh) -> Tally:
 
 def by_steps(source: Layout, target: Layout, item_bytes: int) -> Price:
     pricer = tally(source.mesh)
-    found = [s for s in steps(source.value, target.value) if s.kind.communicates]
-    return sum((pricer.collective(s.kind, s.axes, elements(s) * item_bytes) for s in found), FREE)
+    found = steps(source.value, target.value)
+    priced = (pricer.move(s.kind, s.axes, elements(s) * item_bytes, copied(s) * item_bytes) for s in found)
+    return sum(priced, FREE)
 
 
 @st.composite
@@ -129,7 +151,7 @@ def test_the_busiest_rank_of_an_exchange_sends_or_receives_what_the_copies_say(
     for source in pair[0]:
         for target in pair[1]:
             if not source.axes_with(PARTIAL) and not target.axes_with(PARTIAL):
-                assert exchanged(source, target) == busiest(source, target)
+                assert exchanged(source, target).moved == busiest(source, target)
 
 
 @given(families())
@@ -145,7 +167,7 @@ def test_a_rank_that_sends_more_than_any_receives_sets_the_price() -> None:
     source, target = (Layout((4, 16), mesh, p, (BALANCED, CHUNK)) for p in ((EQUAL, 1), (1, 1)))
     # Every gpu holds 4 channels of 4 samples. On node n all 4 ranks need one of those that gpu n holds:
     received, sent = 4 * 1, 4 * 3
-    assert exchanged(source, target) == max(received, sent)
+    assert exchanged(source, target).moved == max(received, sent)
 
 
 def test_evenly_cut_tensors_of_all_sizes_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,5 +254,5 @@ def test_a_number_that_every_rank_adds_to_is_priced() -> None:
     partial, equal = (Layout((), mesh, (placement,), ()) for placement in (Whole.PARTIAL, Whole.EQUAL))
     pricer = StepPricer(Router(machine, mesh))
     found = EdgePricer(pricer).price([partial, equal], [equal], 4)
-    assert found.seconds.tolist() == [[pricer.collective(StepKind.ALL_REDUCE, (0,), 4).seconds], [0.0]]
+    assert found.seconds.tolist() == [[pricer.move(StepKind.ALL_REDUCE, (0,), 4, 8).seconds], [0.0]]
     assert pricer.price(partial, equal, 4).seconds == found.seconds[0, 0]
