@@ -3,8 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
@@ -18,6 +17,7 @@ from runtime.comm.exchange import Batch
 from runtime.evaluation import Evaluation
 from runtime.feed import REFUSED, batch_of, refuse_other_region, takes_other_sizes
 from runtime.graphs import uncompiled
+from runtime.parameters.clipping import clip_grad_norm
 from runtime.parameters.local import Held
 from runtime.parameters.reducer import Reducer
 from runtime.parameters.sharding import Shards
@@ -60,6 +60,13 @@ class ParallelModule(fx.GraphModule):
         finally:
             self._reducer.enabled = True
 
+    def reduce_gradients(self) -> None:
+        """Reduce what backward passes inside of ``no_sync()`` have accumulated, without another pass.
+
+        Parameters must not be sharded. Every rank must call it.
+        """
+        self._reducer.flush()
+
     def clip_grad_norm_(
         self,
         max_norm: float,
@@ -85,22 +92,8 @@ class ParallelModule(fx.GraphModule):
             UsageError: ``norm_type`` is 0, which counts tensors.
             RuntimeError: as ``error_if_nonfinite`` says.
         """
-        if norm_type == 0:
-            raise UsageError("clip_grad_norm_: norm_type 0 counts tensors, not their elements. Use another norm.")
-        kept: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None and parameter.grad.numel():
-                kept[self._copies(name)].append(parameter.grad)
-        norms = {count: nn.utils.get_total_norm(grads, norm_type, False, foreach) for count, grads in kept.items()}
-        total = self._norm_over_ranks(norms, float(norm_type))
-        if error_if_nonfinite and not total.isfinite():
-            raise RuntimeError(
-                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
-                "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
-                "`error_if_nonfinite=False`"
-            )
-        nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, total, foreach)
-        return total
+        pairs = [(parameter, self._copies(name)) for name, parameter in self.named_parameters()]
+        return clip_grad_norm(pairs, self._gathered, max_norm, norm_type, error_if_nonfinite, foreach)
 
     def clip_grad_value_(self, clip_value: float, foreach: bool | None = None) -> None:
         """Clip every element of the gradients; the same as ``torch.nn.utils.clip_grad_value_`` on the parameters."""
@@ -116,27 +109,34 @@ class ParallelModule(fx.GraphModule):
         """Return how many ranks hold the same piece of a parameter; all, where the model did not have it."""
         return len(self.held[name].holders) if name in self.held else self.plan.mesh.size
 
-    def _norm_over_ranks(self, norms: dict[int, torch.Tensor], p: float) -> torch.Tensor:
-        """Return the norm over all ranks, of norms over what so many ranks hold each."""
-        device = next(self.parameters()).device
-        everyone = tuple(range(len(self.plan.mesh.axes)))
+    def _gathered(self, number: torch.Tensor) -> torch.Tensor:
+        """Return a scalar of every rank."""
+        size, everyone = self.plan.mesh.size, tuple(range(len(self.plan.mesh.axes)))
+        own = number.view(1)
+        return self._state.communicator.all_gather(own, [1] * size, everyone) if everyone else own
 
-        def gathered(own: torch.Tensor) -> torch.Tensor:
-            world = self.plan.mesh.size
-            return self._state.communicator.all_gather(own.view(1), [1] * world, everyone) if everyone else own.view(1)
+    def _take_unused(self, model: nn.Module, pieces: Mapping[int, nn.Parameter], keeps: Callable[[str], bool]) -> None:
+        """Register what ``forward`` does not read, and further names of what it reads, so that no name is missing.
 
-        mine = torch.stack([n.double() for n in norms.values()] or [torch.zeros((), dtype=torch.double, device=device)])
-        if p == torch.inf:
-            total = gathered(mine.max()).max()
-        elif p == -torch.inf:
-            total = gathered(mine.min() if norms else mine.new_full((), torch.inf)).min()
-        else:
-            counts = mine.new_tensor(list(norms) or [1])
-            addend = (mine**p / counts).sum() if norms else mine.new_zeros(())
-            total = gathered(addend).sum() ** (1.0 / p)
-        dtypes = [n.dtype for n in norms.values()] or [next(self.parameters()).dtype]
-        widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-        return total.to(widest)
+        Args:
+            model: the whole.
+            pieces: local parameters by identity of the whole ones.
+            keeps: which names are wanted.
+        """
+        known = self.state_dict(keep_vars=True)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in known or not isinstance(tensor, torch.Tensor) or not keeps(name):
+                continue
+            path, _, own = name.rpartition(".")
+            holder: nn.Module = self
+            for part in path.split(".") if path else ():
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            if isinstance(tensor, nn.Parameter):
+                holder.register_parameter(own, pieces.get(id(tensor), tensor))
+            else:
+                holder.register_buffer(own, tensor)
 
     # ---- modes
 

@@ -1,8 +1,9 @@
 """`parallelize`: the parallel module of one rank."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ from runtime.parameters.local import broadcast_state, held, refuse_differing_mod
 from runtime.parameters.sharding import Shards
 from runtime.state import StepState
 
-__all__ = ["ParallelModule", "joined", "lower", "parallelize", "trace_for"]
+__all__ = ["ParallelModule", "agree", "joined", "lower", "lower_as", "parallelize", "trace_for"]
+
+Module = TypeVar("Module", bound=ParallelModule)
 
 
 def parallelize(
@@ -110,13 +113,44 @@ def _in_evaluation(model: nn.Module, traced: TracedModel, plan: Plan) -> TracedM
 
 def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Communicator) -> ParallelModule:
     """Return the parallel module of the communicator's rank; ``parallelize`` without the checks."""
+    return lower_as(ParallelModule, model, traced, plan, communicator, agree(model, communicator))
+
+
+def agree(model: nn.Module, communicator: Communicator) -> int:
+    """Give all ranks the parameters and buffers of the first; return a seed that they share.
+
+    Raises:
+        MismatchError: they have built different models.
+    """
     refuse_differing_models(model, communicator)
     broadcast_state(model, communicator)
-    state = StepState(communicator)
     device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
     seed = torch.tensor([torch.initial_seed() % 2**31], device=device)
     communicator.broadcast(seed)
-    state.seed = int(seed)
+    return int(seed)
+
+
+def lower_as(
+    kind: type[Module],
+    model: nn.Module,
+    traced: TracedModel,
+    plan: Plan,
+    communicator: Communicator,
+    seed: int,
+    keeps: Callable[[str], bool] = lambda _: True,
+) -> Module:
+    """Return the parallel module of the communicator's rank, of a class that is asked for.
+
+    Args:
+        kind: of module.
+        model: with the weights of all ranks.
+        traced: the model, or one stage of it.
+        plan: of one stage.
+        communicator: of this rank.
+        seed: of what is random, equal on all ranks.
+        keeps: whether the module has a tensor of the model, by name, that no layer reads.
+    """
+    state = StepState(communicator, seed=seed)
     lowered = Lowering(traced, model, plan, state).run()
     other = traced.evaluation
     evaluation = lower_evaluation(model, traced, plan, state, lowered) if isinstance(other, TracedModel) else other
@@ -127,11 +161,11 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     parts = {**lowered.state, **shards.insert(lowered.graph, lowered.state)}
     if isinstance(evaluation, Evaluation):
         evaluation.own.update(shards.insert(evaluation.graph, {**lowered.state, **evaluation.own}))
-    module = ParallelModule(parts, lowered.graph, type(model).__name__)
+    module = kind(parts, lowered.graph, type(model).__name__)
     for name in lowered.transient:
         path, _, own = name.rpartition(".")
         module.get_submodule(path)._non_persistent_buffers_set.add(own)
-    _add_unused(module, model, lowered.pieces)
+    module._take_unused(model, lowered.pieces, keeps)
     module.plan, module._state, module._inputs = plan, state, input_layouts(plan)
     module.held = shards.refined(held(model, module, lowered.cut, plan.mesh, communicator.position))
     shards.attach(module)
@@ -145,21 +179,3 @@ def lower(model: nn.Module, traced: TracedModel, plan: Plan, communicator: Commu
     keep_hooks(module, model)
     module._choose_graph()
     return module
-
-
-def _add_unused(module: nn.Module, model: nn.Module, pieces: Mapping[int, nn.Parameter]) -> None:
-    """Register what ``forward`` does not read, and further names of what it reads, so that no name is missing."""
-    known = module.state_dict(keep_vars=True)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in known or not isinstance(tensor, torch.Tensor):
-            continue
-        path, _, own = name.rpartition(".")
-        holder: nn.Module = module
-        for part in path.split(".") if path else ():
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(own, pieces.get(id(tensor), tensor))
-        else:
-            holder.register_buffer(own, tensor)

@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from planner.errors import UsageError
 from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
 from planner.ir.mesh import Mesh
+from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes, Pending
 from runtime.data import own_part
@@ -54,13 +56,25 @@ class Batch:
 
 def synthetic_batch(plan: Plan, process: Process, part: slice | None = None) -> Batch:
     """Return random inputs of the planned shapes: these samples, or what the plan has this rank pass."""
+
+    def part_of(name: str) -> tuple[slice, ...]:
+        return (part,) if part is not None else own_part(plan, process.rank, name)
+
+    return _drawn(plan, process.device, part_of)
+
+
+def whole_batch(plan: Plan, device: torch.device) -> Batch:
+    """Return random inputs of the planned shapes, whole."""
+    return _drawn(plan, device, lambda _: ())
+
+
+def _drawn(plan: Plan, device: torch.device, part_of: Callable[[str], tuple[slice, ...]]) -> Batch:
     generator = torch.Generator().manual_seed(1)
     found = Batch([])
     for spec in plan.model.inputs:
         whole = torch.randn(spec.shape, generator=generator)
         dtype = getattr(torch, spec.dtype)
-        own = (part,) if part is not None else own_part(plan, process.rank, spec.name)
-        piece = (whole if dtype.is_floating_point else whole.abs())[own].to(process.device, dtype)
+        piece = (whole if dtype.is_floating_point else whole.abs())[part_of(spec.name)].to(device, dtype)
         if spec.keyword:
             found.keywords[spec.name] = piece
         else:
@@ -180,12 +194,14 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         process: of this rank.
 
     Returns:
-        ``measured``: a ``planner.plan.measured.Measured`` as JSON; ``spans``: for every rank those of its last step
-        with marks, and the reductions beside them, each as phase, layer, start and stop in seconds. The same on every
-        rank.
+        ``measured``: a ``planner.plan.measured.Measured`` as JSON, or of a pipelined plan ``pipeline``: a
+        ``MeasuredPipeline``; ``spans``: for every rank those of its last step with marks, and the reductions beside
+        them, each as phase, layer (or stage), start and stop in seconds. The same on every rank.
     """
     plan = Plan.from_json(argument["plan"])
     set_precision(plan)
+    if plan.is_pipelined:
+        return _measured_pipeline(plan, process, argument["steps"], argument["warmup"])
     plain_s, watched_steps, reductions = _measured_steps(plan, process, argument["steps"], argument["warmup"])
     alone = silent_step(plan, process)
     timed_steps(alone, 1, process.device)
@@ -222,6 +238,41 @@ def _measured_steps(
                 step()
                 spans.append(tape.stop())
     return plain_s, spans, tape.reductions()
+
+
+def _measured_pipeline(plan: Plan, process: Process, count: int, warmup: int) -> dict[str, Any]:
+    """Run a synchronous pipelined plan; plain steps and steps with marks take turns."""
+    from runtime.pipeline import measuring  # loads torch's pipelining
+
+    if not ScheduleKind(plan.schedule.kind).is_synchronous:
+        raise UsageError(
+            f"layerwise run measures synchronous pipelines, not {plan.schedule.kind!r}: a cycle of it ends amid "
+            "other batches. Time a loop over runtime.pipeline's step()."
+        )
+    tape = Tape(process.device)
+    net = measuring.watched_pipeline(build_model(plan, process.device), plan, default_loss, tape)
+    optimizer = make_optimizer(plan.optimizer, net.parameters())
+    batch = whole_batch(plan, process.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            net.step(*batch.inputs, **batch.keywords)  # type: ignore[arg-type]  # names of the model's inputs
+        optimizer.step()
+
+    timed_steps(step, warmup, process.device)
+    plain_s: list[float] = []
+    spans: list[tuple[Span, ...]] = []
+    for k in range(count):
+        plain_s += timed_steps(step, 1, process.device)
+        if k < MAX_INSTRUMENTED_STEPS:
+            with measuring.marked(net, optimizer, tape):
+                _meet()
+                tape.start()
+                step()
+                spans.append(tape.stop())
+    facts = {**_environment(process), "precision": plan.precision}
+    return measuring.gathered(plan, process, plain_s, spans, tape.reductions(), facts)
 
 
 def _plain(spans: Sequence[Span]) -> list[list[str | float]]:

@@ -4,6 +4,7 @@ Every one trains the model of a plan, on its samples, with its optimizer, and co
 over the global batch.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -15,8 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from planner.ir.layout import balanced_pieces
+from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from runtime.launch import Process
+from runtime.pipeline.module import pipeline
 from runtime.training import (
     Step,
     build_model,
@@ -30,6 +33,7 @@ from runtime.training import (
     synthetic_batch,
     timed_steps,
     training_step,
+    whole_batch,
 )
 
 DDP: Final = "DDP"
@@ -45,16 +49,19 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
     Args:
         argument: ``plans`` (name to JSON text), ``contenders`` (names of this module's constants, on the first plan's
             model and batch), ``compute_only`` (names of plans), ``warmup``, ``rounds``, and ``seconds``, after which no
-            further round begins.
+            further round begins; if wanted ``steps``, that are timed together: pipelines that are never emptied go on
+            from one to the next.
         process: of this rank.
 
     Returns:
-        The seconds of every step on the slowest rank, by the names.
+        The seconds of every step on the slowest rank, by the names; of ``steps``, the mean.
     """
     plans = {name: Plan.from_json(text) for name, text in argument["plans"].items()}
     first = next(iter(plans.values()))
     set_precision(first)
-    steps: dict[str, Step] = {name: planned_step(plan, process) for name, plan in plans.items()}
+    steps: dict[str, Step] = {
+        name: (pipelined_step if plan.is_pipelined else planned_step)(plan, process) for name, plan in plans.items()
+    }
     for name in argument["compute_only"]:
         steps[compute_only(name)] = silent_step(plans[name], process)
     for name in argument["contenders"]:
@@ -62,14 +69,42 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
     for step in steps.values():
         timed_steps(step, argument["warmup"], process.device)
     found: dict[str, list[float]] = {name: [] for name in steps}
-    spent_s = 0.0
+    spent_s, at_once = 0.0, argument.get("steps", 1)
     for _ in range(argument["rounds"]):
         for name, step in steps.items():
-            found[name] += timed_steps(step, 1, process.device)
-        spent_s += sum(samples[-1] for samples in found.values())  # the same on every rank
+            (seconds,) = timed_steps(repeated(step, at_once), 1, process.device)
+            found[name].append(seconds / at_once)
+            spent_s += seconds  # the same on every rank
         if spent_s >= argument["seconds"]:
             break
     return found
+
+
+def repeated(step: Step, count: int) -> Step:
+    """Return a step that is several ones."""
+
+    def steps() -> None:
+        for _ in range(count):
+            step()
+
+    return steps
+
+
+def pipelined_step(plan: Plan, process: Process) -> Step:
+    """Return a step of a pipelined plan on synthetic data; of a schedule in cycles, a cycle."""
+    model, batch = build_model(plan, process.device), whole_batch(plan, process.device)
+    if not ScheduleKind(plan.schedule.kind).is_synchronous:
+        cycles = pipeline(model, plan, default_loss, optimizer=functools.partial(make_optimizer, plan.optimizer))
+        return lambda: cycles.step(*batch.inputs, **batch.keywords)
+    net = pipeline(model, plan, default_loss)
+    optimizer = make_optimizer(plan.optimizer, net.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        net.step(*batch.inputs, **batch.keywords)
+        optimizer.step()
+
+    return step
 
 
 def fsdp_step(plan: Plan, process: Process) -> Step:

@@ -10,6 +10,7 @@ import numpy as np
 
 from planner.api import Machine, Options, Origin, Planner, example_inputs, measure_host, measure_layers, prepare
 from planner.frontend.source import load_model
+from planner.ir.dimension import Dimension
 from planner.measure.host import machine_from
 from planner.plan import Plan
 from planner.profile.table import Measurement
@@ -48,26 +49,38 @@ class Case:
 
 
 @contextmanager
-def planner_on_hosts(case: Case, rate: str, layers: Layers | None = None) -> Iterator[tuple[Planner, Hosts]]:
+def planner_on_hosts(
+    case: Case, rate: str, layers: Layers | None = None, microbatches: Sequence[int] = ()
+) -> Iterator[tuple[Planner, Hosts]]:
     """Give two hosts joined by a link of a rate, and a planner on measurements of them.
 
     Args:
         case: the network.
         rate: of the link, per direction, such as ``1gbit``.
         layers: times of the layers' pieces, where they were measured before; they do not depend on the link.
+        microbatches: sizes of further batches, whose pieces are timed too, whole and cut by samples.
     """
     with two_hosts(parse_bit_rate(rate)) as hosts:
-        machine = Machine(*machine_from(measure_host(2, hosts), 2))
-        module = load_model(case.model, dict(case.arguments)).module
-        options = Options(all_devices=True, optimizer=case.optimizer, **case.options)
-        origin = Origin(case.model, case.model, case.arguments)
-        planner = prepare(module, example_inputs([case.image], case.batch), machine, options, origin)
-        if layers is None:
-            planner = measure_layers(planner, hosts)
-        else:
-            profile = dataclasses.replace(planner.machine.profile, layers=layers)
-            planner = dataclasses.replace(planner, machine=Machine(planner.machine.graph, profile))
-        yield planner, hosts
+        yield planner_of(case, hosts, layers, microbatches), hosts
+
+
+def planner_of(
+    case: Case, hosts: Hosts | None, layers: Layers | None = None, microbatches: Sequence[int] = ()
+) -> Planner:
+    """Return a planner on measurements of two hosts, or of two processes of this one, as ``planner_on_hosts`` does."""
+    machine = Machine(*machine_from(measure_host(2, hosts), 2))
+    module = load_model(case.model, dict(case.arguments)).module
+    options = Options(**{"all_devices": True, "optimizer": case.optimizer, **case.options})
+    origin = Origin(case.model, case.model, case.arguments)
+    planner = prepare(module, example_inputs([case.image], case.batch), machine, options, origin)
+    if layers is None:
+        layers = dict(measure_layers(planner, hosts).machine.profile.layers)
+        alone = dataclasses.replace(planner.options, dimensions=frozenset({Dimension.SAMPLE}))
+        for size in microbatches:
+            smaller = dataclasses.replace(planner, traced=planner.retraced(size), options=alone)
+            layers.update(measure_layers(smaller, hosts).machine.profile.layers)
+    profile = dataclasses.replace(planner.machine.profile, layers=layers)
+    return dataclasses.replace(planner, machine=Machine(planner.machine.graph, profile))
 
 
 def plan_with(planner: Planner, **options: Any) -> Plan:
@@ -75,7 +88,9 @@ def plan_with(planner: Planner, **options: Any) -> Plan:
     return dataclasses.replace(planner, options=dataclasses.replace(planner.options, **options)).plan()
 
 
-def raced(plans: Mapping[str, Plan], hosts: Hosts, function: str = "runtime.training:race", **argument: Any) -> Samples:
+def raced(
+    plans: Mapping[str, Plan], hosts: Hosts | None, function: str = "runtime.training:race", **argument: Any
+) -> Samples:
     """Train strategies side by side on the hosts, a step of each after the other; return their seconds by name."""
     found, _ = run_local(
         function,

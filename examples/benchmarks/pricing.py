@@ -24,9 +24,10 @@ from planner.frontend.source import load_model
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
 from planner.ir.graph import LayerGraph
 from planner.ir.mesh import Mesh
+from planner.ir.rules import default_io
 from planner.search.elimination import solve_dp
 from planner.search.formulate import formulate
-from planner.space.enumerate import default_io, enumerate_splits
+from planner.space.enumerate import enumerate_splits
 
 STEPS = 20
 """Simulated steps behind the mean."""

@@ -17,7 +17,8 @@ from typing import Final
 
 from planner.errors import LayerwiseError
 from planner.reproduce import optcnn_cluster as optcnn
-from planner.reproduce import owt
+from planner.reproduce import owt, pipedream, pipelines
+from planner.search.published.pipedream import SyncTerm
 from planner.units import GIB
 
 OUTPUT = Path(__file__).with_suffix(".csv")
@@ -26,6 +27,9 @@ SPEED_UP_WITHIN: Final = 0.15
 VOLUME_WITHIN: Final = 0.05
 EXAMPLE_WITHIN: Final = 0.01
 RATE_WITHIN: Final = 0.25
+PLANNER_WITHIN: Final = 0.005
+HYBRID_WITHIN: Final = 0.01
+STASH_WITHIN: Final = 0.1
 
 RATE: Final = "images/s"
 VOLUME: Final = "GiB per step"
@@ -49,6 +53,13 @@ _SERVERS: Final = (
     "its synchronisation takes 134 ms of 308; parameter servers with nothing overlapped take 269, our all-reduces 78: "
     "its runtime overlaps or combines some of it"
 )
+_FORMULA: Final = (
+    "measured on V100; the formula, on a profile of another GPU, charges every mini-batch with a whole reduction, "
+    "which serves as many as there are replicas"
+)
+_BUBBLE: Final = "measured with recompute and transfers; ours is the limit that the bubble alone leaves"
+_WHAT_IS_CUT: Final = "which modules the paper counts in front of its registers is not known"
+_STASH: Final = "the paper counts four more copies of all weights; a stash needs two more of the first stage's"
 REASONS: Final = {
     **{(quantity, network, "model"): _OTHER_SPLIT for quantity in (RATE, VOLUME) for network in optcnn.MODELS},
     **{(VOLUME, network, "layer-wise"): _OTHER_PLAN for network in optcnn.MODELS},
@@ -134,8 +145,43 @@ def image_rates(network: str) -> Iterator[Row]:
             yield Row(*about, f"{label}, our runtime", published, rates.simulated)
 
 
+def partitions() -> Iterator[Row]:
+    """Yield PipeDream's speed-ups over data parallelism: of its released planner, and of its paper's clusters."""
+    quantity = "over data parallelism"
+    for (name, devices), (_, published) in pipedream.RELEASED.items():
+        found = pipedream.flat(name, devices, 10, SyncTerm.RELEASED)
+        about = "PipeDream19", quantity, pipedream.NETWORKS[name], devices, found.text
+        yield Row(*about, "released planner, one level", published, found.speed_up, PLANNER_WITHIN)
+    for (name, cluster), (configuration, published) in pipedream.PUBLISHED.items():
+        found = pipedream.by_level(name, cluster)
+        reason = "" if found.text == configuration else f"{_FORMULA}; published for {configuration}"
+        about = "PipeDream19", quantity, pipedream.NETWORKS[name], 16, found.text
+        yield Row(*about, f"printed formula, {cluster}", published, found.speed_up, SPEED_UP_WITHIN, reason)
+
+
+def pipelined() -> Iterator[Row]:
+    """Yield GPipe's throughput, and times and memory of training with stale weights."""
+    for m, printed in pipelines.GPIPE.items():
+        for k, published in zip(pipelines.PARTITIONS, printed, strict=True):
+            about = "GPipe19", "throughput", "amoebanet-d", k, "gpipe", f"{m} micro-batches"
+            yield Row(*about, published, pipelines.throughput_limit(k, m), None, _BUBBLE)
+    for name, run in pipelines.TABLE_5.items():
+        about = "ZhangAbdelrahman21", "seconds", name.lower().replace("-", ""), 2, "hybrid", "half pipelined"
+        yield Row(*about, run.hybrid_s, run.halved_s, HYBRID_WITHIN)
+    for row in pipelines.TABLE_9.values():
+        if row.network is not None:
+            found = pipelines.added(row, pipelines.shares_of(row))
+            about = "ZhangAbdelrahman21", "% of memory added", row.network, 2
+            for strategy, published, ours, reason in (
+                ("pipedream", row.pipedream, found[0], _STASH), ("stale", row.stale, found[1], _WHAT_IS_CUT)
+            ):  # fmt: skip
+                yield Row(*about, strategy, "K = 1", published, ours, STASH_WITHIN, reason)
+
+
 def rows() -> Iterator[Row]:
     """Yield every figure."""
+    yield from partitions()
+    yield from pipelined()
     yield from speed_ups()
     yield from example()
     for network in optcnn.MODELS:
@@ -152,7 +198,7 @@ def main() -> int:
         for row in rows():
             found.append(row)
             print(
-                f"{row.paper:9}{row.network:13}{row.quantity:13}{row.devices:3} {row.strategy:19}{row.mode:40}"
+                f"{row.paper:19}{row.network:13}{row.quantity:22}{row.devices:3} {row.strategy:19}{row.mode:40}"
                 f"{row.published:8.5g} {row.predicted:8.4g} {row.error:+7.1%} {row.agrees:3} {row.reason}",
                 flush=True,
             )

@@ -10,8 +10,10 @@ from torch import nn
 
 from planner.api.machine import Machine, machine_of
 from planner.api.options import Options, Origin, options_of
+from planner.api.pipelines import price_pipeline
 from planner.api.planning import Planner, prepare
 from planner.cost.model import LayerCost
+from planner.cost.pipeline import PipelineTimeline
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
 from planner.devices.graph import DeviceGraph
@@ -116,8 +118,10 @@ class Priced:
         return tuple(costs[c] for costs, c in zip(self.table.layers, self.choice, strict=True))
 
 
-def reprice(plan: Plan, machine: Machine) -> Timeline:
+def reprice(plan: Plan, machine: Machine) -> Timeline | PipelineTimeline:
     """Return the predicted step of a plan on another machine with as many devices; see ``price_plan``."""
+    if plan.is_pipelined:
+        return price_pipeline(plan, _planner_of(plan, machine))
     return price_plan(plan, machine).timeline
 
 
@@ -183,10 +187,12 @@ def _planner_of(plan: Plan, machine: Machine) -> Planner:
     loaded = load_model(plan.model.source, dict(plan.model.arguments))
     inputs, keywords = empty_inputs(plan.model.inputs)
     options = Options(
-        precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm, io=plan.io,
+        precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm,
+        io=None if plan.is_pipelined else plan.io,
         dimensions=frozenset(Dimension), parameter_sharding=plan.stages[0].parameter_sharding,
         halo_overlap="auto" if any(layer.overlap for layer in plan.stages[0].layers) else "never",
     )  # fmt: skip
     planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
-    refuse_other_model(plan, planner.traced.layers)
+    if not plan.is_pipelined:  # of several stages, the graph at micro-batch size is compared
+        refuse_other_model(plan, planner.traced.layers)
     return planner

@@ -30,6 +30,9 @@ class Options:
         halo_overlap: ``auto``: halo exchanges run beside computation where that is predicted to be faster; or
             ``always``, or ``never``.
         all_devices: use all devices even where fewer are faster.
+        stages: of a pipeline; 1 for none, ``auto`` for one where it is predicted to be faster.
+        schedule: a kind of ``planner.ir.schedule``; the fastest that equals one device if None.
+        microbatches: that a batch is cut in; the fastest number if None.
     """
 
     solver: str = "auto"
@@ -45,6 +48,9 @@ class Options:
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
     halo_overlap: Literal["auto", "always", "never"] = "auto"
     all_devices: bool = False
+    stages: int | Literal["auto"] = 1
+    schedule: str | None = None
+    microbatches: int | None = None
 
 
 def options_of(**asked: Any) -> Options:

@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -17,14 +17,15 @@ from planner.cost.model import CostModel, Settings
 from planner.cost.sharding import ParameterSharding
 from planner.cost.table import CostTable, collector_paused, least_compute_s
 from planner.devices.graph import DeviceGraph
-from planner.errors import UnknownNameError, UsageError
+from planner.errors import InfeasibleError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
 from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.mesh import Mesh
-from planner.ir.rules import InputOutput
+from planner.ir.rules import InputOutput, default_io
+from planner.ir.schedule import CYCLIC, ScheduleKind
 from planner.ir.tensor import DType
-from planner.plan.build import Found, Request, build_plan
+from planner.plan.build import Found, Request, build_pipelined_plan, build_plan
 from planner.plan.schema import InputTensor, Plan
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
@@ -32,7 +33,7 @@ from planner.search.auto import SOLVERS, Planned, Search, Start
 from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits, Status
 from planner.space.constraints import texts
-from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, default_io, enumerate_splits
+from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, enumerate_splits
 
 if TYPE_CHECKING:
     from runtime.namespaces import Hosts
@@ -41,12 +42,23 @@ from planner.api.baselines import Baseline, baselines
 from planner.api.machine import Machine, machine_of, time_layers
 from planner.api.meshes import Counts, fewer_meshes, whole_meshes
 from planner.api.options import Options, Origin, options_of
+from planner.api.pipelines import Pipeline, best_pipeline, pipelined
 from planner.api.tour import EQUAL, Tour, fastest
 
 _log = logging.getLogger(__name__)
 
+PIPELINED = tuple(kind.value for kind in ScheduleKind if kind is not ScheduleKind.SINGLE)
+"""Names of ``--schedule``."""
+CYCLIC_NAMES = frozenset(kind.value for kind in CYCLIC)
+ONE_STAGE = "one stage"
+"""The best plan without a pipeline, among the baselines of one with."""
+
 MEASURE_TARGET_S = 1.0
 """Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
+
+
+def _not_there(batch: int) -> TracedModel:
+    raise UsageError(f"this planner has a traced model only, and cannot trace it for a micro-batch of {batch} samples")
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,14 @@ class Planner:
         machine: the machine.
         options: what was asked.
         origin: for the plan's provenance.
+        retraced: returns the model for another batch.
     """
 
     traced: TracedModel
     machine: Machine
     options: Options
     origin: Origin
+    retraced: Callable[[int], TracedModel] = field(default=_not_there, compare=False)
     _searches: dict[Mesh, Search] = field(init=False, default_factory=dict, compare=False)
     _models: dict[Mesh, CostModel] = field(init=False, default_factory=dict, compare=False)
     _baselines: list[tuple[Baseline, ...]] = field(init=False, default_factory=list, compare=False)
@@ -139,13 +153,18 @@ class Planner:
     def cost_model(self, mesh: Mesh) -> CostModel:
         """Return what prices layers and transfers on a mesh; made once."""
         if mesh not in self._models:
-            options, machine = self.options, self.machine
-            settings = Settings(
-                options.precision, Optimizer(options.optimizer), options.sync_batch_norm, self.sharding,
-                HaloOverlap(options.halo_overlap),
-            )  # fmt: skip
-            self._models[mesh] = CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, settings)
+            machine = self.machine
+            self._models[mesh] = CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, self.settings)
         return self._models[mesh]
+
+    @property
+    def settings(self) -> Settings:
+        """What a step's cost depends on beside network, split and machine."""
+        options = self.options
+        return Settings(
+            options.precision, Optimizer(options.optimizer), options.sync_batch_norm, self.sharding,
+            HaloOverlap(options.halo_overlap),
+        )  # fmt: skip
 
     def layer_pieces(
         self,
@@ -227,11 +246,35 @@ class Planner:
         return self._baselines[0]
 
     def plan(self) -> Plan:
-        """Return the best plan with the fixed strategies beside it."""
-        return self.plan_of(*self.best())
+        """Return the best plan with the fixed strategies beside it; a pipeline where that is asked for, or faster."""
+        if self.options.stages == 1:
+            return self.plan_of(*self.best())
+        alone, _ = _tried(self.best)
+        pipeline, why_not = _tried(lambda: best_pipeline(self))
+        if pipeline is None and (alone is None or self.options.stages != "auto"):
+            assert why_not is not None
+            raise why_not
+        if alone is not None and self.options.stages == "auto":
+            alone_s = alone[1].timeline.step_s
+            if pipeline is None or alone_s <= pipeline.timeline.step_s:
+                return self.plan_of(*alone)
+        assert pipeline is not None
+        return self.plan_of_pipeline(pipeline, alone)
+
+    def plan_of_pipeline(self, pipeline: Pipeline, alone: tuple[Search, Planned] | None = None) -> Plan:
+        """Return a pipeline as a plan, with the best plan of one stage and the fixed strategies beside it."""
+        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
+        if alone is not None:
+            beside.append(replace(_found(alone[1]), solver=ONE_STAGE))
+        return build_pipelined_plan(pipelined(pipeline), beside, self._request())
 
     def plan_of(self, search: Search, planned: Planned) -> Plan:
         """Return a strategy as a plan, with the fixed strategies beside it."""
+        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
+        return build_plan(search.table, _found(planned), beside, self._request())
+
+    def _request(self) -> Request:
+        """Return what the plan was asked for; its inputs are those of the whole batch."""
         inputs = [
             InputTensor(
                 name=layer.id, shape=list(layer.output.shape), dtype=layer.output.dtype,
@@ -239,7 +282,7 @@ class Planner:
             )
             for layer in self.traced.layers.layers if layer.op.kind == "input"
         ]  # fmt: skip
-        request = Request(
+        return Request(
             self.origin.source,
             self.origin.arguments,
             inputs,
@@ -247,8 +290,17 @@ class Planner:
             self.origin.command,
             tuple(texts(self.options.constraints)),
         )
-        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
-        return build_plan(search.table, _found(planned), beside, request)
+
+
+T = TypeVar("T")
+
+
+def _tried(call: Callable[[], T]) -> tuple[T | None, InfeasibleError | None]:
+    """Return what a call returns, or why nothing fits."""
+    try:
+        return call(), None
+    except InfeasibleError as error:
+        return None, error
 
 
 def _found(planned: Planned, note: str = "") -> Found:
@@ -282,17 +334,48 @@ def prepare(
         raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
     if options.parameter_sharding not in set(ParameterSharding):
         raise UnknownNameError("parameter sharding", options.parameter_sharding, [s.value for s in ParameterSharding])
+    _refuse_pipeline(options)
     if options.halo_overlap not in set(HaloOverlap):
         raise UnknownNameError("halo overlap", options.halo_overlap, [wish.value for wish in HaloOverlap])
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
     traced = trace_layers(model, tuple(example_inputs), origin.name, keywords=example_keywords)
     _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
-    planner = Planner(traced, machine, options, origin)
+
+    def retraced(batch: int) -> TracedModel:
+        smaller = [x.new_empty((batch, *x.shape[1:]), device="meta") for x in example_inputs]
+        named = {n: x.new_empty((batch, *x.shape[1:]), device="meta") for n, x in example_keywords.items()}
+        return trace_layers(model, tuple(smaller), origin.name, keywords=named)
+
+    planner = Planner(traced, machine, options, origin, retraced)
     if options.constraints:
         levels = [level.name for level in machine.graph.levels]
         options.constraints.refuse_unknown(traced.layers, planner.meshes(), levels)
     return planner
+
+
+def _refuse_pipeline(options: Options) -> None:
+    """Check what is asked of a pipeline.
+
+    Raises:
+        UsageError: it is not possible, or of no meaning.
+    """
+    if options.schedule is not None and options.schedule not in PIPELINED:
+        raise UnknownNameError("schedule", options.schedule, PIPELINED)
+    if options.stages != "auto" and options.stages < 1:
+        raise UsageError(f"--stages {options.stages}: give auto, or a number of at least 1")
+    if options.stages == 1 and (options.schedule is not None or options.microbatches is not None):
+        raise UsageError("--schedule and --microbatches are of a pipeline: add --stages auto, or a number")
+    if options.microbatches is not None and options.microbatches < 1:
+        raise UsageError(f"--microbatches {options.microbatches}: give at least 1")
+    if options.schedule in CYCLIC_NAMES and options.microbatches not in {None, 1}:
+        raise UsageError(f"--schedule {options.schedule} works on whole batches: leave --microbatches out")
+    if options.stages != 1 and options.mesh is not None:
+        raise UsageError("--mesh is the mesh of a plan of one stage; --stages chooses the meshes of its stages")
+    if options.stages != 1 and options.solver != "auto":
+        raise UsageError(f"--solver {options.solver} is for plans of one stage; --stages has a search of its own")
+    if options.stages != 1 and options.io not in {None, "global"}:
+        raise UsageError("pipelined plans take the whole batch (--io global)")
 
 
 def plan_model(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,12 +56,19 @@ def fit(
 
 
 def import_measurements(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="CSV, or JSON where it ends so.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="CSV, JSON where it ends so, or as --format says.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The device profile.")],
     terminal: Terminal,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the profile; whose rows, where the file has several.")
     ] = None,
+    form: Annotated[
+        Literal["table", "pipedream"],
+        typer.Option("--format", help="A table with the columns below, or a profile of PipeDream's profiler."),
+    ] = "table",
 ) -> None:
     """Make a device profile of foreign measurements of single layers.
 
@@ -71,9 +78,10 @@ def import_measurements(
     """
     from planner.profile.file import from_entries, write_profile
     from planner.profile.foreign import read_foreign
+    from planner.profile.pipedream_import import import_pipedream
 
     refuse_unwritable(output)
-    found = read_foreign(path, device)
+    found = (read_foreign if form == "table" else import_pipedream)(path, device)
     name = device or found.device
     if not name:
         raise UsageError(f"{path} does not say which device was measured: name it with --device")

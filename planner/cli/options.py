@@ -166,6 +166,23 @@ class Asked(AskedModel):
     all_devices: Annotated[
         bool, typer.Option("--all-devices", help="Use every device, even where fewer are predicted to be faster.")
     ] = False
+    stages: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|K", help="A pipeline of K stages, or of as many as are fastest if that is faster than none."
+        ),
+    ] = "1"
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of a pipeline: gpipe, 1f1b, interleaved, zero-bubble; the fastest if left out. stale and pipedream "
+            "train with weights of earlier steps.",
+        ),
+    ] = None
+    microbatches: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="Of a pipeline; the fastest number if left out.")
+    ] = None
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -184,6 +201,14 @@ class Asked(AskedModel):
         from planner.space.constraints import Constraints
 
         return Constraints.of(self.pin or (), self.forbid or (), self.tie or ())
+
+    def num_stages(self) -> int | Literal["auto"]:
+        """Return ``--stages``."""
+        if self.stages == "auto":
+            return "auto"
+        if not self.stages.isdecimal() or int(self.stages) < 1:
+            raise UsageError(f"--stages {self.stages!r} is neither auto nor a number of at least 1")
+        return int(self.stages)
 
     def memory_limit_bytes(self) -> int | None:
         """Return ``--memory-limit``."""

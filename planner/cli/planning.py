@@ -63,6 +63,11 @@ def compare(
     """Hold the planned strategy against every fixed one: by prediction and, with --measure, by the clock."""
     from planner.api import compare_with
 
+    if asked.num_stages() != 1:
+        raise UsageError(
+            "compare holds plans of one stage against each other. The table of `layerwise plan --stages` has the best "
+            "of them beside the pipeline."
+        )
     if measure:
         refuse_unraceable(asked)
     found = compare_with(prepared(asked, terminal))
@@ -107,7 +112,8 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
         optimizer=asked.optimizer, sync_batch_norm=not asked.local_batch_norm, io=asked.io,
         dimensions=asked.dimensions() or DEFAULT_DIMENSIONS, mesh=asked.mesh, time_limit_s=asked.time_limit_s(),
         constraints=asked.constraints(), parameter_sharding=asked.parameter_sharding, all_devices=asked.all_devices,
-        halo_overlap=asked.halo_overlap,
+        halo_overlap=asked.halo_overlap, stages=asked.num_stages(), schedule=asked.schedule,
+        microbatches=asked.microbatches,
     )  # fmt: skip
     machine = machine_of(asked.cluster, asked.devices, asked.precision, asked.profile)
     model = load_model(asked.model, arguments)

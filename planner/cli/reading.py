@@ -10,7 +10,7 @@ import typer
 from planner.cli.terminal import Terminal, rendered
 from planner.errors import UsageError
 from planner.plan.schema import Plan
-from planner.report import tables
+from planner.report import pipelines, tables
 
 if TYPE_CHECKING:
     from planner.ir.graph import LayerGraph
@@ -26,13 +26,17 @@ def show(
         typer.Option("--group", help="Join consecutive layers with the same operator and split in one row."),
     ] = False,
 ) -> None:
-    """Print a plan: totals, the split of every layer, the strategies it was held against."""
+    """Print a plan: totals, its stages, the split of every layer, the strategies it was held against."""
     plan = read_plan(path)
     rows = tables.rows_of_plan(plan)
-    for table in (tables.summary(plan), tables.layers(plan, group), tables.strategies(rows)):
+    staged = (pipelines.stages(plan),) if plan.is_pipelined else ()
+    for table in (tables.summary(plan), *staged, *tables.layers(plan, group), tables.strategies(rows)):
         terminal.out.print(rendered(table))
         terminal.out.print()
     totals, bound_s = plan.totals, plan.search.lower_bound_s
+    if plan.is_pipelined:
+        for sentence in pipelines.sentences(plan):
+            terminal.out.print(sentence)
     terminal.out.print(tables.bound_sentence(totals.step_s, bound_s))
     for sentence in tables.standing_sentences(rows, bound_s):
         terminal.out.print(sentence)
@@ -65,11 +69,16 @@ def _model_line(plan: Plan, may_import: bool) -> str:
     """Check a plan against the model it names; the user's code runs only where allowed."""
     from planner.models import ENTRIES
     from planner.plan.check import refuse_other_model
+    from planner.plan.stages import graphs_of
 
     name, source = plan.model.name, plan.model.source
     if source not in ENTRIES and not may_import:
         return f"model: not checked, because {source or name!r} is no shipped model; --model builds it"
-    refuse_other_model(plan, _layers_of(plan))
+    layers = _layers_of(plan)
+    if plan.is_pipelined:
+        graphs_of(plan, layers)
+        return f"model: {name} has these layers, can be cut into these stages, and every split is legal"
+    refuse_other_model(plan, layers)
     return f"model: {name} has these layers, and every split is legal"
 
 
@@ -77,9 +86,10 @@ def _layers_of(plan: Plan) -> "LayerGraph":
     from planner.frontend.lower import trace_layers
     from planner.frontend.source import load_model
     from planner.frontend.trace import empty_inputs
+    from planner.plan.stages import microbatch_inputs
 
     found = load_model(plan.model.source, plan.model.arguments)
-    inputs, keywords = empty_inputs(plan.model.inputs)
+    inputs, keywords = empty_inputs(microbatch_inputs(plan))
     return trace_layers(found.module, inputs, found.name, keywords=keywords).layers
 
 

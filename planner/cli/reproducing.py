@@ -15,7 +15,9 @@ from planner.ir.canonical import write_atomically
 def reproduce(
     paper: Annotated[
         str,
-        typer.Argument(metavar="PAPER", help="One of flexflow, hypar, optcnn, owt, pase, soybean.", show_default=False),
+        typer.Argument(
+            metavar="PAPER", help="One of flexflow, hypar, optcnn, owt, pase, pipedream, soybean.", show_default=False
+        ),
     ],
     terminal: Terminal,
     output: Annotated[

@@ -18,6 +18,7 @@ from planner.plan import Plan
 if TYPE_CHECKING:
     from planner.api import Machine
     from planner.plan.measured import Measured
+    from planner.plan.measured_stages import MeasuredPipeline
 
 Spans = list[list[list[Any]]]
 """For every rank phase, layer, start and stop of the parts of a step."""
@@ -40,6 +41,7 @@ def run(
     Under torchrun, this process is one of the plan's ranks; otherwise local processes are started.
     The model's code is run, so run plans of people you trust.
     """
+    from planner.plan.measured_stages import MeasuredPipeline
     from planner.plan.schema import require_single_rank_count
 
     found = Plan.load(path)
@@ -55,14 +57,17 @@ def run(
         if outcome is None:
             return
     else:
-        refuse_too_many(found.mesh.size, "the plan")
+        refuse_too_many(found.num_ranks, "the plan")
         outcome = _locally(found, argument, timed.timeout)
     timings, spans = _decoded(outcome)
     if measured is not None:
         timings.save(measured)
     if trace is not None:
         _write_trace(trace, found, timings, spans)
-    _report(found, timings, _machine(found, target), terminal)
+    if isinstance(timings, MeasuredPipeline):
+        _report_stages(found, timings, terminal)
+    else:
+        _report(found, timings, _machine(found, target), terminal)
     for place in filter(None, (measured, trace)):
         terminal.err.print(f"wrote {place}")
 
@@ -82,7 +87,7 @@ def _locally(plan: Plan, argument: dict[str, Any], timeout_s: float) -> dict[str
     from planner.measure.host import threads_per_rank
     from runtime.launch import run_local
 
-    size = plan.mesh.size
+    size = plan.num_ranks
     results = run_local(
         "runtime.training:measure_plan", argument, num_ranks=size, timeout_s=timeout_s,
         threads_per_rank=threads_per_rank(size),
@@ -92,17 +97,19 @@ def _locally(plan: Plan, argument: dict[str, Any], timeout_s: float) -> dict[str
     return outcome
 
 
-def _decoded(outcome: dict[str, Any]) -> "tuple[Measured, Spans]":
+def _decoded(outcome: dict[str, Any]) -> "tuple[Measured | MeasuredPipeline, Spans]":
     """Return what the ranks sent, as values; the CPU is named here."""
     from planner.measure.host import cpu_name
     from planner.plan.measured import Measured
+    from planner.plan.measured_stages import MeasuredPipeline
 
-    found = Measured.model_validate_json(json.dumps(outcome["measured"]))
+    kind: type[Measured | MeasuredPipeline] = MeasuredPipeline if "pipeline" in outcome else Measured
+    found = kind.model_validate_json(json.dumps(outcome.get("pipeline") or outcome["measured"]))
     facts = {**found.environment, "cpu": cpu_name()}
     return found.model_copy(update={"environment": facts}), outcome["spans"]
 
 
-def _write_trace(path: Path, plan: Plan, measured: "Measured", spans: Spans) -> None:
+def _write_trace(path: Path, plan: Plan, measured: "Measured | MeasuredPipeline", spans: Spans) -> None:
     from planner.cost.overlap import Event
     from planner.ir.canonical import write_atomically
     from planner.report.trace import trace_json
@@ -159,6 +166,15 @@ def _report(plan: Plan, measured: "Measured", machine: "Machine | None", termina
         terminal.out.print()
     for sentence in _sentences(measured, machine):
         terminal.out.print(sentence)
+
+
+def _report_stages(plan: Plan, measured: "MeasuredPipeline", terminal: Terminal) -> None:
+    from planner.report import measured_stages as tables
+
+    for table in (tables.steps(plan, measured), tables.stages(plan, measured)):
+        terminal.out.print(rendered(table))
+        terminal.out.print()
+    terminal.out.print(tables.marking_sentence(measured))
 
 
 def _sentences(measured: "Measured", machine: "Machine | None") -> Iterator[str]:

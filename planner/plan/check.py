@@ -6,13 +6,14 @@ from typing import Final
 
 from planner.errors import FormatError, MismatchError
 from planner.ir.dimension import Dimension
-from planner.ir.graph import LayerGraph, is_boundary, tied_layers
+from planner.ir.graph import LayerGraph, is_pinned, tied_layers
 from planner.ir.ops import Redistribute
 from planner.ir.rules import InputOutput, io_splits, is_legal
 from planner.plan.schema import Plan
 
 MAX_ELEMENTS: Final = 2**50
 """Of an input; beyond this, sizes in bytes overflow in torch."""
+_ADVICE: Final = "Plan this model again, or build the model that the plan was made for."
 
 
 def refuse_inconsistent(plan: Plan, what: str) -> None:
@@ -28,6 +29,7 @@ def refuse_inconsistent(plan: Plan, what: str) -> None:
 
 def _problems(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _input_problems(plan)
+    yield from _schedule_problems(plan)
     yield from _stage_problems(plan)
 
 
@@ -42,6 +44,34 @@ def _input_problems(plan: Plan) -> Iterator[tuple[str, str]]:
             )
 
 
+def _schedule_problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    kind, count = plan.schedule.kind, plan.schedule.num_microbatches
+    if plan.is_pipelined != (kind != "single"):
+        yield "$.schedule.kind", f"is {kind!r}, but the number of stages is {len(plan.stages)}"
+    if plan.batch % count:
+        yield "$.schedule.num_microbatches", f"is {count}, which does not divide the batch of {plan.batch}"
+    if kind in {"single", "stale", "pipedream"} and count != 1:
+        yield "$.schedule.num_microbatches", f"is {count}, but {kind!r} works on whole batches"
+    held: set[tuple[int, ...]] = set()
+    known: set[int] = set()
+    for s, stage in enumerate(plan.stages):
+        ranks = tuple(stage.mesh.ranks)
+        if ranks in held:
+            if kind not in {"interleaved", "zero-bubble"}:
+                yield f"$.stages[{s}].mesh.ranks", f"hold another stage too, which {kind!r} does not allow"
+            continue
+        if known & set(ranks):
+            yield f"$.stages[{s}].mesh.ranks", "hold a part of another stage's ranks; stages share all ranks or none"
+        held.add(ranks)
+        known |= set(ranks)
+    if known != set(range(len(known))):
+        where = "$.stages" if plan.is_pipelined else "$.stages[0].mesh.ranks"
+        yield where, f"are not the numbers 0 to {len(known) - 1} in order"
+    if len(known) > plan.cluster.num_devices:
+        where = "$.stages" if plan.is_pipelined else "$.stages[0].mesh"
+        yield where, f"has {len(known)} ranks, the cluster {plan.cluster.num_devices} devices"
+
+
 def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:
     for s, stage in enumerate(plan.stages):
         try:
@@ -49,13 +79,10 @@ def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             yield f"$.stages[{s}].mesh", str(error)
             continue
-        if mesh.ranks != tuple(range(mesh.size)):
-            yield f"$.stages[{s}].mesh.ranks", f"are not the numbers 0 to {mesh.size - 1} in order"
-        if mesh.size > plan.cluster.num_devices:
-            yield (
-                f"$.stages[{s}].mesh",
-                f"has {mesh.size} ranks, the cluster {plan.cluster.num_devices} devices",
-            )
+        if list(mesh.ranks) != sorted(mesh.ranks):
+            yield f"$.stages[{s}].mesh.ranks", "are not in order"
+        if plan.is_pipelined and stage.cost is None:
+            yield f"$.stages[{s}].cost", "is missing; a plan of several stages has it"
         if stage.devices and len(set(stage.devices)) != mesh.size:
             yield f"$.stages[{s}].devices", f"are {len(set(stage.devices))} different ones, not one for each rank"
         axes = [axis.name for axis in mesh.axes]
@@ -75,40 +102,54 @@ def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
     Raises:
         MismatchError: with the first differences and what to do.
     """
-    strategy, mesh = plan.strategy, plan.mesh
+    _refuse_other_names(plan, graph)
+    if graph.digest != plan.model.graph_sha256:
+        raise MismatchError(
+            f"the plan's layers have this model's names, but operators, shapes or parameters differ (graph digest "
+            f"{graph.digest[:12]}…, plan {plan.model.graph_sha256[:12]}…). {_ADVICE}"
+        )
+    refuse_other_layers(plan, graph)
+
+
+def _refuse_other_names(plan: Plan, graph: LayerGraph) -> None:
+    strategy = plan.strategy
     missing = [layer.id for layer in graph.layers if layer.id not in strategy]
     unknown = [i for i in strategy if i not in graph.index]
-    advice = "Plan this model again, or build the model that the plan was made for."
     if missing or unknown:
         raise MismatchError(
             f"the plan is for {plan.model.name!r}, not for this {graph.name!r}: "
             f"{_listing('layers of the model without a split', missing)}"
-            f"{_listing('layers of the plan that the model has not', unknown)}{advice}"
+            f"{_listing('layers of the plan that the model has not', unknown)}{_ADVICE}"
         )
-    if graph.digest != plan.model.graph_sha256:
-        raise MismatchError(
-            f"the plan's layers have this model's names, but operators, shapes or parameters differ (graph digest "
-            f"{graph.digest[:12]}…, plan {plan.model.graph_sha256[:12]}…). {advice}"
-        )
+
+
+def refuse_other_layers(plan: Plan, graph: LayerGraph) -> None:
+    """Check that a plan of one stage has a legal split for every layer of a graph, and for no others.
+
+    Raises:
+        MismatchError: with the first difference and what to do.
+    """
+    _refuse_other_names(plan, graph)
+    strategy, mesh = plan.strategy, plan.mesh
     leader = tied_layers(graph)
     for i, layer in enumerate(graph.layers):
         first = graph.layers[leader[i]]
         if strategy[layer.id] != strategy[first.id]:
             raise MismatchError(
                 f"layers {first.id!r} and {layer.id!r} share a parameter, but are split as {strategy[first.id]} and "
-                f"{strategy[layer.id]}. {advice}"
+                f"{strategy[layer.id]}. {_ADVICE}"
             )
     io = InputOutput(plan.io)
     for layer in graph.layers:
         split = strategy[layer.id]
         legal = (
             split in io_splits(layer, mesh, io, frozenset(Dimension))
-            if is_boundary(layer.op)
+            if is_pinned(layer.op)
             else is_legal(layer, graph, mesh, split)
         )
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind
-            raise MismatchError(f"layer {layer.id!r} ({kind}) cannot be split as {split}. {advice}")
+            raise MismatchError(f"layer {layer.id!r} ({kind}) cannot be split as {split}. {_ADVICE}")
 
 
 def _listing(what: str, ids: Sequence[str]) -> str:

@@ -111,16 +111,43 @@ class LayerPart(StrictModel):
     memory_bytes: Bytes
 
 
+class StageCostPart(StrictModel):
+    """Predicted numbers of one stage of several, on its busiest rank.
+
+    ``forward_s``, ``backward_s``: of one micro-batch, transfers inside the stage included, recomputing too.
+    ``sent_bytes``: to the next stage with each micro-batch; gradients come back as large.
+    ``tail_s``: gradient sync that nothing hides and the update, each step.
+    ``bubble_share``: of the step, what the stage's ranks wait.
+    ``staleness``: by how many updates the weights change between a batch's forward pass and its backward pass.
+    ``weight_versions``: that are held at once.
+    ``num_in_flight``: micro-batches whose activations are held at once.
+    """
+
+    forward_s: Seconds
+    backward_s: Seconds
+    sent_bytes: Bytes
+    tail_s: Seconds
+    bubble_share: Annotated[float, Field(ge=0, le=1)]
+    staleness: Annotated[int, Field(ge=0)]
+    weight_versions: Count
+    num_in_flight: Count
+    memory_bytes: Bytes
+
+
 class StagePart(StrictModel):
     """Layers that run on one mesh.
 
     ``devices``: of the cluster, in the order of the ranks, where not all of it is used; else empty.
     ``parameter_sharding``: what of the parameters is cut over the ranks that synchronise them.
+    ``recompute``: keep only what the stage receives, and compute its activations again in backward.
+    ``cost``: where the plan has several stages.
     """
 
     mesh: MeshPart
     devices: Annotated[list[Name], Field(max_length=MAX_RANKS)] = Field(default_factory=list)
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
+    recompute: bool = False
+    cost: StageCostPart | None = None
     layers: Annotated[list[LayerPart], Field(min_length=1, max_length=200_000)]
 
     def strategy(self) -> dict[LayerId, Split]:
@@ -129,10 +156,14 @@ class StagePart(StrictModel):
 
 
 class SchedulePart(StrictModel):
-    """Order of micro-batches over stages; one stage has one."""
+    """Order of micro-batches over stages; one stage has one.
 
-    kind: Literal["single"] = "single"
-    num_microbatches: Literal[1] = 1
+    ``kind``: of ``planner.ir.schedule``.
+    ``num_microbatches``: that a batch is cut in; 1 where stages work on whole batches (``stale``, ``pipedream``).
+    """
+
+    kind: Literal["single", "gpipe", "1f1b", "interleaved", "zero-bubble", "stale", "pipedream"] = "single"
+    num_microbatches: Count = 1
 
 
 class TotalsPart(StrictModel):
@@ -210,7 +241,7 @@ class Plan(StrictModel):
     bucket_bytes: Annotated[int, Field(ge=1, le=2**40)]
     cluster: ClusterPart
     schedule: SchedulePart
-    stages: Annotated[list[StagePart], Field(min_length=1, max_length=1)]
+    stages: Annotated[list[StagePart], Field(min_length=1, max_length=1000)]
     totals: TotalsPart
     baselines: list[BaselinePart]
     search: SearchPart
@@ -252,14 +283,43 @@ class Plan(StrictModel):
         write_atomically(Path(path), self.to_json())
 
     @property
+    def num_ranks(self) -> int:
+        """The ranks of all stages together."""
+        return len({rank for stage in self.stages for rank in stage.mesh.ranks})
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether there are several stages."""
+        return len(self.stages) > 1
+
+    @property
+    def microbatch(self) -> int:
+        """The samples that a stage works on at once."""
+        return self.batch // self.schedule.num_microbatches
+
+    @property
+    def only_stage(self) -> StagePart:
+        """The stage of a plan that has one.
+
+        Raises:
+            UsageError: it has several.
+        """
+        if self.is_pipelined:
+            raise UsageError(
+                f"this is a pipelined plan of {len(self.stages)} stages, and one of a single stage is needed. "
+                "runtime.pipeline and layerwise run train it; --stages 1 plans without a pipeline."
+            )
+        return self.stages[0]
+
+    @property
     def mesh(self) -> Mesh:
-        """The mesh of the only stage."""
-        return self.stages[0].mesh.mesh()
+        """The mesh of the only stage; raises as ``only_stage``."""
+        return self.only_stage.mesh.mesh()
 
     @property
     def strategy(self) -> dict[LayerId, Split]:
-        """The split of every layer."""
-        return self.stages[0].strategy()
+        """The split of every layer; raises as ``only_stage``."""
+        return self.only_stage.strategy()
 
     def with_overlap(self, layers: Collection[LayerId]) -> Self:
         """Return this plan with halo exchanges overlapped in these layers and in no others."""
@@ -285,7 +345,8 @@ class Plan(StrictModel):
         meshes = [stage.mesh.model_dump(mode="json") for stage in self.stages]
         sharding = [stage.parameter_sharding for stage in self.stages if stage.parameter_sharding != "none"]
         overlap = [["overlap", layer.id] for stage in self.stages for layer in stage.layers if layer.overlap]
-        return sha256_of([decisions, splits, meshes, *sharding, *overlap])
+        recomputed = [["recompute", s] for s, stage in enumerate(self.stages) if stage.recompute]
+        return sha256_of([decisions, splits, meshes, *sharding, *overlap, *recomputed])
 
 
 def json_schema() -> str:
@@ -299,8 +360,8 @@ def require_single_rank_count(plan: Plan, world_size: int) -> None:
     Raises:
         UsageError: with both numbers and what to do.
     """
-    if world_size != plan.mesh.size:
+    if world_size != plan.num_ranks:
         raise UsageError(
-            f"the plan is for {plan.mesh.size} ranks, but {world_size} are running. Start {plan.mesh.size} ranks "
+            f"the plan is for {plan.num_ranks} ranks, but {world_size} are running. Start {plan.num_ranks} ranks "
             "(torchrun --nproc-per-node), or plan again for this number."
         )

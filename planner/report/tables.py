@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner.plan.schema import LayerPart, Plan, TotalsPart
+from planner.plan.schema import LayerPart, Plan, StagePart, TotalsPart
 from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -128,8 +128,11 @@ def strategies(rows: Sequence[StrategyRow]) -> Table:
 
 def summary(plan: Plan) -> Table:
     """Return what a plan is for and what it promises."""
-    totals, mesh = plan.totals, plan.mesh
-    axes = " x ".join(f"{axis.name}={axis.size}" for axis in mesh.axes) or "one device"
+    totals = plan.totals
+    if plan.is_pipelined:
+        mesh = f"{len(plan.stages)} stages on {plan.num_ranks} of {counted(plan.cluster.num_devices, 'device')}"
+    else:
+        mesh = f"{axes_text(plan.stages[0])}{_part(plan)}"
     passed = {"per-rank": "each rank its own samples", "global": "every rank the whole batch"}
     samples = passed.get(plan.io, "each rank its region of samples and space")
     limit = plan.search.memory_limit_bytes
@@ -140,8 +143,9 @@ def summary(plan: Plan) -> Table:
     rows = {
         "model": f"{plan.model.name}, {format_count(plan.model.num_params)} parameters",
         "machine": f"{plan.cluster.name}, {counted(plan.cluster.num_devices, 'device')}",
-        "mesh": f"{axes}{_part(plan)}",
+        "mesh": mesh,
         "batch": f"{plan.batch}, {samples}",
+        **({"schedule": _schedule(plan)} if plan.is_pipelined else {}),
         "numbers": f"{plan.precision}, {plan.optimizer}{norm}{held}",
         **({"constraints": fixed} if fixed else {}),
         "step": f"{format_seconds(totals.step_s)}, {format_count(totals.samples_per_s)} samples/s",
@@ -154,6 +158,20 @@ def summary(plan: Plan) -> Table:
     return Table("Plan", ("", ""), tuple(rows.items()), num_text=2)
 
 
+def axes_text(stage: StagePart) -> str:
+    """Return the mesh of a stage as text."""
+    return " x ".join(f"{axis.name}={axis.size}" for axis in stage.mesh.axes) or "one device"
+
+
+def _schedule(plan: Plan) -> str:
+    count = plan.schedule.num_microbatches
+    return (
+        f"{plan.schedule.kind}, "
+        + ("1 micro-batch" if count == 1 else f"{count} micro-batches")
+        + (f" of {counted(plan.microbatch, 'sample')}")
+    )
+
+
 def _part(plan: Plan) -> str:
     """Return what a plan says where it does not use all of its machine."""
     if plan.mesh.size == plan.cluster.num_devices:
@@ -163,16 +181,21 @@ def _part(plan: Plan) -> str:
     return f"; uses {plan.mesh.size} of {counted(plan.cluster.num_devices, 'device')}{listed}"
 
 
-def layers(plan: Plan, grouped: bool = False) -> Table:
-    """Return the split and prediction of every layer.
+def layers(plan: Plan, grouped: bool = False) -> tuple[Table, ...]:
+    """Return the split and prediction of every layer, a table for each stage; of several, for one micro-batch.
 
     Args:
         plan: the plan.
         grouped: join consecutive layers with the same operator and split; their figures add up.
     """
-    axes = tuple(axis.name for axis in plan.mesh.axes)
+    titles = [f"Layers of stage {s}" for s in range(len(plan.stages))] if plan.is_pipelined else ["Layers"]
+    return tuple(_layers(title, stage, grouped) for title, stage in zip(titles, plan.stages, strict=True))
+
+
+def _layers(title: str, stage: StagePart, grouped: bool) -> Table:
+    axes = tuple(axis.name for axis in stage.mesh.axes)
     figures = ("compute", "transfer", "sync", "exposed", "memory")
-    runs = _runs(plan.stages[0].layers) if grouped else ([x] for x in plan.stages[0].layers)
+    runs = _runs(stage.layers) if grouped else ([x] for x in stage.layers)
     rows = tuple(
         (
             run[0].id if len(run) == 1 else f"{run[0].id} … {run[-1].id} ({len(run)})",
@@ -187,7 +210,7 @@ def layers(plan: Plan, grouped: bool = False) -> Table:
         for run in runs
     )
     spare = ("sync", "operator", "transfer", "memory")
-    return Table("Layers", ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes), spare=spare)
+    return Table(title, ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes), spare=spare)
 
 
 def bound_sentence(step_s: float, lower_bound_s: float) -> str:

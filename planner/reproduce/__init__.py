@@ -17,6 +17,7 @@ PAPERS: Final[Mapping[str, str]] = MappingProxyType(
         "optcnn": "Jia et al. 2018, ICML, arXiv:1802.04924",
         "owt": "Krizhevsky 2014, arXiv:1404.5997",
         "pase": "Elango 2021, IPDPS",
+        "pipedream": "Narayanan et al. 2019, SOSP; with GPipe and Zhang & Abdelrahman",
         "soybean": "Wang et al. 2018, arXiv:1805.04170",
     }
 )

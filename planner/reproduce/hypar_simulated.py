@@ -9,10 +9,11 @@ from planner.cost.table import CostTable
 from planner.devices.graph import DeviceGraph
 from planner.devices.library import cluster
 from planner.ir.dimension import Dimension
+from planner.ir.rules import default_io
 from planner.reproduce.traced import layer_graph
 from planner.search.auto import Search
 from planner.search.published.hypar import hypar_choice
-from planner.space.enumerate import default_io, enumerate_splits
+from planner.space.enumerate import enumerate_splits
 
 _DIMENSIONS = frozenset({Dimension.SAMPLE, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
 

@@ -50,11 +50,6 @@ class SearchSpace:
             return math.inf
 
 
-def default_io(batch: int, num_ranks: int) -> InputOutput:
-    """Return ``per-rank`` where every rank gets a sample, else ``global``."""
-    return InputOutput.PER_RANK if num_ranks <= batch else InputOutput.GLOBAL
-
-
 def enumerate_splits(
     graph: LayerGraph,
     mesh: Mesh,

@@ -9,7 +9,7 @@ from torch import nn
 
 from planner.errors import MismatchError, UsageError
 from planner.ir.region import Region
-from runtime.checkpoint.whole import Part, whole_tensor
+from runtime.checkpoint.whole import Part, Piece, whole_tensor
 from runtime.parameters.local import Held
 
 OPTIONS_OF_THE_MACHINE: Final = {"foreach", "fused", "capturable", "differentiable"}
@@ -17,21 +17,6 @@ OPTIONS_OF_THE_MACHINE: Final = {"foreach", "fused", "capturable", "differentiab
 
 State = dict[str, dict[str, Any]]
 """By the name of a parameter and of a state."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of the state of one parameter.
-
-    Attributes:
-        tensor: this rank's piece.
-        shape: of the whole.
-        regions: what the rank at each mesh position stores.
-    """
-
-    tensor: torch.Tensor
-    shape: tuple[int, ...]
-    regions: tuple[Region, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class OptimizerPart:
 
     kind: str
     groups: list[dict[str, Any]]
-    tensors: dict[tuple[str, str], Slot]
+    tensors: dict[tuple[str, str], Piece]
     numbers: State
 
     @staticmethod
@@ -58,7 +43,7 @@ class OptimizerPart:
             UsageError: the optimizer has other parameters than the model, or a state that cannot be cut as they are.
         """
         names = parameter_names(part, optimizer)
-        tensors: dict[tuple[str, str], Slot] = {}
+        tensors: dict[tuple[str, str], Piece] = {}
         numbers: State = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -82,6 +67,29 @@ class OptimizerPart:
         ]
         return OptimizerPart(type(optimizer).__name__, groups, tensors, numbers)
 
+    def complete(self, part: Part) -> "OptimizerPart":
+        """Return what all ranks have, where stages hold different parameters; all ranks must call it then.
+
+        Groups of equal number and options are one. Tensors of other stages are empty here.
+        """
+        if part.elsewhere is None or part.mesh.size == 1:
+            return self
+        merged: list[dict[str, Any]] = []
+        numbers: State = {}
+        for groups, theirs in part.everyones((self.groups, self.numbers)):
+            numbers.update(theirs)
+            for number, group in enumerate(groups):
+                alike = [g for g in merged if g["number"] == number and _equal(g["options"], group["options"])]
+                same = alike[0] if alike else None
+                if same is None:
+                    merged.append({**group, "number": number, "names": list(group["names"])})
+                else:
+                    same["names"] += [name for name in group["names"] if name not in same["names"]]
+        merged.sort(key=lambda group: group["number"])
+        groups = [{"names": group["names"], "options": group["options"]} for group in merged]
+        tensors = part.complete({(name, key): piece for (name, key), piece in self.tensors.items()})
+        return OptimizerPart(self.kind, groups, {(name, key): piece for (name, key), piece in tensors.items()}, numbers)
+
 
 def parameter_names(part: Part, optimizer: torch.optim.Optimizer) -> dict[int, str]:
     """Return the names of an optimizer's parameters, by identity.
@@ -100,20 +108,21 @@ def parameter_names(part: Part, optimizer: torch.optim.Optimizer) -> dict[int, s
     return names
 
 
-def _slot(place: Held, key: str, value: torch.Tensor) -> Slot:
+def _slot(place: Held, key: str, value: torch.Tensor) -> Piece:
     """Return how the ranks store a tensor of a parameter's state."""
     shape = tuple(value.shape)
     if shape == place.region.shape:
-        return Slot(value, place.shape, place.regions)
+        return Piece(value, place.shape, place.regions, place.position)
     if shape and any(region.shape != place.shape for region in place.regions):
         raise UsageError(
             f"state {key!r} of {place.name!r} has shape {shape}, and the ranks hold pieces of the parameter "
             f"({place.region.shape} here): it cannot be cut as the parameter is"
         )
-    return Slot(value, shape, (Region((0,) * len(shape), shape),) * len(place.regions))
+    whole = Region((0,) * len(shape), shape)
+    return Piece(value, shape, (whole,) * len(place.regions), place.position)
 
 
-def target(place: Held, parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Slot:
+def target(place: Held, parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Piece:
     """Return memory for this rank's piece of a stored state.
 
     Args:
@@ -127,11 +136,18 @@ def target(place: Held, parameter: torch.Tensor, shape: tuple[int, ...], dtype: 
         MismatchError: it can neither be cut as the parameter nor taken whole.
     """
     if shape == place.shape:
-        return Slot(torch.empty_like(parameter, dtype=dtype, requires_grad=False), shape, place.regions)
+        fresh = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return Piece(fresh, shape, place.regions, place.position)
     if shape and place.region.shape != place.shape:
         raise MismatchError(f"state {key!r} of {place.name!r} has shape {shape} and cannot be cut as the parameter is")
     whole = Region((0,) * len(shape), shape)
-    return Slot(torch.empty(shape, dtype=dtype), shape, (whole,) * len(place.regions))
+    return Piece(torch.empty(shape, dtype=dtype), shape, (whole,) * len(place.regions), place.position)
+
+
+def of_this_rank(part: Part, saved: Any) -> list[dict[str, Any]]:
+    """Return saved groups without the parameters that only ranks of other stages have."""
+    elsewhere = part.elsewhere or {}
+    return [{**group, "names": [name for name in group["names"] if name not in elsewhere]} for group in saved]
 
 
 def matched(optimizer: torch.optim.Optimizer, names: Mapping[int, str], kind: str, saved: Any) -> list[dict[str, Any]]:
@@ -206,11 +222,10 @@ def full_optimizer_state_dict(
         UsageError: as of ``OptimizerPart.of``.
     """
     part = Part.of(net)
-    mine = OptimizerPart.of(part, optimizer)
+    mine = OptimizerPart.of(part, optimizer).complete(part)
     state: State = {name: dict(numbers) for name, numbers in mine.numbers.items()}
     for name, key in sorted(mine.tensors):  # one order on all ranks
-        slot = mine.tensors[name, key]
-        whole = whole_tensor(slot.tensor, slot.shape, slot.regions, part, everywhere=everywhere)
+        whole = whole_tensor(mine.tensors[name, key], part, everywhere=everywhere)
         if whole is not None:
             state.setdefault(name, {})[key] = whole
     if part.position and not everywhere:
@@ -236,9 +251,11 @@ def load_full_optimizer(net: nn.Module, optimizer: torch.optim.Optimizer, state_
         {"names": g["params"], "options": {k: v for k, v in g.items() if k not in {"params", "param_names"}}}
         for g in state_dict["param_groups"]
     ]
-    options = matched(optimizer, names, type(optimizer).__name__, saved)
+    options = matched(optimizer, names, type(optimizer).__name__, of_this_rank(part, saved))
     state: State = {}
     for name, values in state_dict["state"].items():
+        if name in (part.elsewhere or ()):
+            continue
         place = part.held[name]
         frame = Region((0,) * len(place.shape), place.shape)
         for key, value in values.items():

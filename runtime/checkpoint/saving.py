@@ -28,6 +28,7 @@ from runtime.checkpoint.optimizers import (
     OptimizerPart,
     State,
     matched,
+    of_this_rank,
     parameter_names,
     restore,
     target,
@@ -123,7 +124,7 @@ def save(
     """
     Saving.finish()
     part, path = Part.of(net), _path(folder)
-    job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
+    job = _job(part, optimizer, path, step, extra)
     try:
         if dist.is_initialized():
             saver.save(
@@ -153,7 +154,7 @@ def start_saving(
     """
     Saving.finish()
     part, path = Part.of(net), _path(folder)
-    job = part.agree(lambda: _job(part, optimizer, path, step, extra), f"saving {path}")
+    job = _job(part, optimizer, path, step, extra)
     result: Any
     if dist.is_initialized():
         result = saver.async_save(
@@ -255,7 +256,7 @@ class _Loading:
             raise MismatchError(f"{self._stored.folder} was saved without an optimizer; load it with None")
         part = self._part
         self._names = parameter_names(part, optimizer)
-        self._options = matched(optimizer, self._names, saved["kind"], saved["groups"])
+        self._options = matched(optimizer, self._names, saved["kind"], of_this_rank(part, saved["groups"]))
         for name in self._names.values():
             self._state[name] = dict(saved["numbers"].get(name, {}))
             for state in saved["tensors"].get(name, ()):
@@ -263,7 +264,8 @@ class _Loading:
                 shape, dtype = self._stored.shapes[key], self._stored.dtype(key)
                 slot = target(part.held[name], part.tensors[name], shape, dtype, state)
                 self._state[name][state] = slot.tensor
-                self._targets.append((key, slot.regions[part.position], slot.tensor))
+                assert slot.own is not None  # it is this rank's
+                self._targets.append((key, slot.own, slot.tensor))
         self._state = {name: state for name, state in self._state.items() if state}
 
     def read(self) -> None:
@@ -272,11 +274,12 @@ class _Loading:
 
     def finish(self) -> Resumed:
         """Set everything else."""
-        about, state = self._about, self._part.state
+        about = self._about
         if self._optimizer is not None:
             restore(self._optimizer, self._names, self._state, self._options)
-        if state is not None and about["passes"] is not None:
-            state.step, state.seed = about["passes"], about["seed"]
+        if about["passes"] is not None:
+            for state in self._part.states:
+                state.step, state.seed = about["passes"], about["seed"]
         self._restore_generators()
         return Resumed(about["step"], about["extra"])
 
@@ -291,35 +294,41 @@ class _Loading:
 
 def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step: int, extra: Any) -> Job:
     """Return what this rank writes."""
-    storage.refuse_foreign(folder)
-    entries = [
-        Entry((_MODEL, name), tensor, part.held[name].shape, part.held[name].regions)
-        for name, tensor in part.tensors.items()
-    ]
+    mine = part.agree(lambda: _checked(part, optimizer, folder, extra), f"saving {folder}")
+    pieces = part.complete({(_MODEL, name): part.piece(name) for name in part.tensors})
+    entries = [Entry(path, piece.tensor, piece.shape, piece.regions) for path, piece in pieces.items()]
     about: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
         "tied": part.tied,
         "optimizer": None,
         "ranks": part.mesh.size,
-        "seed": None if part.state is None else part.state.seed,
-        "passes": None if part.state is None else part.state.step,
+        "seed": part.states[0].seed if part.states else None,
+        "passes": part.states[0].step if part.states else None,
         "torch": str(torch.__version__),
     }
-    if optimizer is not None:
-        mine = OptimizerPart.of(part, optimizer)
+    if mine is not None:
+        mine = mine.complete(part)
         about["optimizer"] = {"kind": mine.kind, "groups": mine.groups, "tensors": {}, "numbers": mine.numbers}
         for (name, key), slot in mine.tensors.items():
             entries.append(Entry((*_STATE, name, key), slot.tensor, slot.shape, slot.regions))
             about["optimizer"]["tensors"].setdefault(name, []).append(key)
-    _refuse_unreadable("the optimizer's groups", about["optimizer"])
-    _refuse_unreadable("extra", extra)
     blobs: dict[tuple[str, ...], bytes] = {
         (_RANDOM, str(part.mesh.ranks[part.position])): _packed(generators(_device(part)))
     }
     if part.position == 0:
         blobs[_ABOUT,] = _packed({**about, "extra": extra})
     return Job(folder, entries, blobs, part.position, part.mesh.size)
+
+
+def _checked(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, extra: Any) -> OptimizerPart | None:
+    """Return what this rank has of the optimizer, after checking that everything can be saved."""
+    storage.refuse_foreign(folder)
+    mine = None if optimizer is None else OptimizerPart.of(part, optimizer)
+    if mine is not None:
+        _refuse_unreadable("the optimizer's groups", {"groups": mine.groups, "numbers": mine.numbers})
+    _refuse_unreadable("extra", extra)
+    return mine
 
 
 def _refuse_unreadable(what: str, value: Any) -> None:

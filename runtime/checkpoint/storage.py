@@ -46,13 +46,13 @@ class Entry:
         path: its name in a nested dict.
         tensor: this rank's piece.
         shape: of the whole.
-        regions: what the rank at each mesh position stores; equal or disjoint.
+        regions: what the rank at each mesh position stores; equal or disjoint. None where it has no such tensor.
     """
 
     path: Path_
     tensor: torch.Tensor
     shape: tuple[int, ...]
-    regions: tuple[Region, ...]
+    regions: tuple[Region | None, ...]
 
     @property
     def key(self) -> str:
@@ -71,7 +71,8 @@ def shares(entries: Sequence[Entry], num_ranks: int) -> list[list[Entry]]:
     for entry in sorted(entries, key=lambda e: (-Region((0,) * len(e.shape), e.shape).volume, e.path)):
         holders: dict[Region, list[int]] = {}
         for position, region in enumerate(entry.regions):
-            holders.setdefault(region, []).append(position)
+            if region is not None:
+                holders.setdefault(region, []).append(position)
         for region, positions in holders.items():
             if region.volume or not any(r.volume for r in holders):
                 writer = min(positions, key=lambda p: (num_bytes[p], p))
@@ -104,7 +105,9 @@ class _Saved(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._blobs]
         for entry in self._entries:
-            own = chunk(entry.regions[self._position])
+            region = entry.regions[self._position]
+            assert region is not None  # it is in the share
+            own = chunk(region)
             data = TensorWriteData(own, TensorProperties(entry.tensor.dtype), torch.Size(entry.shape))
             items.append(WriteItem(MetadataIndex(entry.key, own.offsets), WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items, planner_data=self._paths)

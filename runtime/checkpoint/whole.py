@@ -14,15 +14,39 @@ from torch import nn
 from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
+from runtime.checkpoint.storage import Path_
 from runtime.comm.communicator import Communicator
 from runtime.comm.groups import files_group
 from runtime.module import ParallelModule
 from runtime.parameters.local import Held, held
+from runtime.pipeline.holding import HeldStages
 from runtime.state import StepState
 
 T = TypeVar("T")
 
 _LISTED: Final = 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What the ranks store of one tensor.
+
+    Attributes:
+        tensor: this rank's.
+        shape: of the whole.
+        regions: what the rank at each mesh position stores; None where it has no such tensor.
+        position: of this rank among them.
+    """
+
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    regions: tuple[Region | None, ...]
+    position: int
+
+    @property
+    def own(self) -> Region | None:
+        """What this rank stores."""
+        return self.regions[self.position]
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,8 @@ class Part:
         mesh: the ranks.
         position: of this rank.
         communicator: None for a module that is no parallel one.
-        state: of the steps; None likewise.
+        states: of the steps; none likewise, and one for each stage of a pipeline on this rank.
+        elsewhere: shapes of the tensors that only ranks of other stages have, by every name; None without stages.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -45,7 +70,8 @@ class Part:
     mesh: Mesh
     position: int
     communicator: Communicator | None = None
-    state: StepState | None = None
+    states: tuple[StepState, ...] = ()
+    elsewhere: Mapping[str, tuple[int, ...]] | None = None
 
     @staticmethod
     def of(net: nn.Module) -> "Part":
@@ -54,9 +80,18 @@ class Part:
         Raises:
             UsageError: a parallel module is inside another one, which would be taken for a whole one.
         """
-        if isinstance(net, ParallelModule):
-            state = net._state
-            communicator = state.communicator
+        states: tuple[StepState, ...] = ()
+        communicator: Communicator | None = None
+        elsewhere: dict[str, tuple[int, ...]] | None = None
+        if isinstance(net, HeldStages):
+            states = tuple(stage._state for stage in net.held_stages)
+            communicator = net.world
+            mesh, position = communicator.mesh, communicator.position
+            places = {name: place for stage in net.held_stages for name, place in stage.held.items()}
+            elsewhere = {name: whole.shape for name, whole in net.whole.items() if name not in places}
+        elif isinstance(net, ParallelModule):
+            states = (net._state,)
+            communicator = net._state.communicator
             mesh, position, places = communicator.mesh, communicator.position, net.held
         else:
             inside = next((name for name, each in net.named_modules() if isinstance(each, ParallelModule)), None)
@@ -64,7 +99,7 @@ class Part:
                 raise UsageError(f"give the parallel module itself: it is {inside!r} of this {type(net).__name__}")
             size, position = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
             mesh = Mesh((MeshAxis("ranks", size),) if size > 1 else (), tuple(range(size)))
-            state, communicator, places = None, None, held(net, net, {}, mesh, position)
+            places = held(net, net, {}, mesh, position)
         kept = net.state_dict(keep_vars=True)
         tensors: dict[str, torch.Tensor] = {}
         for name, place in places.items():
@@ -72,7 +107,43 @@ class Part:
                 tensors.setdefault(place.name, kept[name])
         tied = {name: place.name for name, place in places.items() if name in kept and name != place.name}
         own = {place.name: place for place in places.values()}
-        return Part(tensors, own, tied, mesh, position, communicator, state)
+        if isinstance(net, HeldStages):
+            tied = {name: whole.first for name, whole in net.whole.items() if name != whole.first}
+        return Part(tensors, own, tied, mesh, position, communicator, states, elsewhere)
+
+    def piece(self, name: str) -> Piece:
+        """Return this rank's piece of a tensor."""
+        place = self.held[name]
+        return Piece(self.tensors[name], place.shape, place.regions, place.position)
+
+    def everyones(self, value: T) -> list[T]:
+        """Return what every rank has to say, by mesh position; all must call it."""
+        assert dist.is_initialized()
+        pairs: list[Any] = [None] * self.mesh.size
+        dist.all_gather_object(pairs, (dist.get_rank(), value), group=files_group(self.mesh))
+        by_rank = dict(pairs)
+        return [by_rank[rank] for rank in self.mesh.ranks]
+
+    def complete(self, own: Mapping[Path_, Piece]) -> dict[Path_, Piece]:
+        """Return the tensors of all ranks, in one order; those of other stages have an empty tensor here.
+
+        Without stages every rank has them all, and nothing is said. Else all ranks must call it.
+        """
+        if self.elsewhere is None or self.mesh.size == 1:
+            return dict(own)
+        mine = {
+            path: (piece.shape, str(piece.tensor.dtype).removeprefix("torch."), piece.own)
+            for path, piece in own.items()
+        }
+        everyone = self.everyones(mine)
+        device = next((piece.tensor.device for piece in own.values()), torch.device("cpu"))
+        found: dict[Path_, Piece] = {}
+        for path in sorted({path for listed in everyone for path in listed}):
+            shape, dtype, _ = next(listed[path] for listed in everyone if path in listed)
+            regions = tuple(listed[path][2] if path in listed else None for listed in everyone)
+            here = own[path].tensor if path in own else torch.empty(0, dtype=getattr(torch, dtype), device=device)
+            found[path] = Piece(here, shape, regions, self.position)
+        return found
 
     def agree(self, work: Callable[[], T], what: str) -> T:
         """Do something that may fail on some ranks only; then it fails on all that have a part of the model.
@@ -101,42 +172,35 @@ class Part:
         assert self.communicator is not None
         if not dist.is_initialized():  # threads of one process
             return self.communicator.start_gather_ints(int(value))()
-        pairs = [(0, 0)] * self.mesh.size
-        dist.all_gather_object(pairs, (dist.get_rank(), int(value)), group=files_group(self.mesh))
-        by_rank = dict(pairs)
-        return [by_rank[rank] for rank in self.mesh.ranks]
+        return self.everyones(int(value))
 
 
-def whole_tensor(
-    piece: torch.Tensor, shape: tuple[int, ...], regions: tuple[Region, ...], part: Part, *, everywhere: bool
-) -> torch.Tensor | None:
+def whole_tensor(piece: Piece, part: Part, *, everywhere: bool) -> torch.Tensor | None:
     """Return a copy of a whole tensor on the CPU, put together from the pieces of all ranks; all of them must call it.
 
     Args:
-        piece: this rank's.
-        shape: of the whole.
-        regions: of every mesh position.
+        piece: of the tensor, with the regions of every mesh position.
         part: of this rank.
         everywhere: on every rank; else on mesh position 0, and None on the others.
     """
-    is_first = part.position == 0
-    if all(region.shape == shape for region in regions):
-        return piece.detach().to("cpu", copy=True) if everywhere or is_first else None
+    is_first, shape, regions = part.position == 0, piece.shape, piece.regions
+    if all(region is not None and region.shape == shape for region in regions):
+        return piece.tensor.detach().to("cpu", copy=True) if everywhere or is_first else None
     assert part.communicator is not None
     givers = {region: position for position, region in reversed(list(enumerate(regions)))}
-    counts = [region.volume if givers[region] == p else 0 for p, region in enumerate(regions)]
+    counts = [region.volume if region is not None and givers[region] == p else 0 for p, region in enumerate(regions)]
     send = [counts[part.position] if p == 0 else 0 for p in range(len(regions))]
     receive = counts if is_first else [0] * len(regions)
-    flat = piece.detach().contiguous().flatten()[: counts[part.position]]
+    flat = piece.tensor.detach().contiguous().flatten()[: counts[part.position]]
     axes = tuple(range(len(part.mesh.axes)))
     got = part.communicator.exchange(flat, send, receive, axes)
     if not (is_first or everywhere):
         return None
-    whole = piece.new_empty(shape)
+    whole = piece.tensor.new_empty(shape)
     if is_first:
         frame = Region((0,) * len(shape), shape)
         for region, numbers in zip(regions, got.split(receive), strict=True):
-            if numbers.numel():
+            if region is not None and numbers.numel():
                 whole[region.slices_in(frame)] = numbers.view(region.shape)
     if everywhere:
         part.communicator.broadcast(whole)
@@ -154,15 +218,16 @@ def full_state_dict(net: nn.Module, *, everywhere: bool = False) -> dict[str, to
         everywhere: on every rank; else on the first rank only, and the others get an empty dict.
     """
     part = Part.of(net)
+    pieces = part.complete({(name,): part.piece(name) for name in part.tensors})
     found: dict[str, torch.Tensor] = {}
-    for name in sorted(part.tensors):  # one order on all ranks
-        place = part.held[name]
-        whole = whole_tensor(part.tensors[name], place.shape, place.regions, part, everywhere=everywhere)
+    for path in sorted(pieces):  # one order on all ranks
+        whole = whole_tensor(pieces[path], part, everywhere=everywhere)
         if whole is not None:
-            found[name] = whole
+            found[path[0]] = whole
     if not found:
         return {}
-    return {name: found[part.tied.get(name, name)] for name in (*part.tensors, *part.tied)}
+    names = (*part.tensors, *part.tied) if part.elsewhere is None else (*sorted(found), *part.tied)
+    return {name: found[part.tied.get(name, name)] for name in names}
 
 
 def load_full(net: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -234,7 +299,7 @@ def refuse_differences(part: Part, given: Mapping[str, tuple[int, ...]], what: s
     Raises:
         MismatchError: with all differences.
     """
-    known = set(part.tensors) | set(part.tied)
+    known = set(part.tensors) | set(part.tied) | set(part.elsewhere or ())
     problems = []
     for name in sorted(part.tensors):
         source = source_of(part, name, given)

@@ -15,7 +15,7 @@ from torch import fx, nn
 from planner.ir.split import LayerId
 from runtime.comm.communicator import Communicator, Pending
 from runtime.graphs import uncompiled
-from runtime.lowering.products import Bias
+from runtime.lowering.ops import Bias
 from runtime.parameters.shards import Bundle, Shard, naming
 
 NAME = "gathers"

@@ -121,6 +121,12 @@ class Reducer:
             self._running, self._came, self._next = True, False, 0
             Variable._execution_engine.queue_callback(self._finish)
 
+    def flush(self) -> None:
+        """Reduce the gradients that parameters have now, outside of a backward pass: of passes that called no hook."""
+        self.reset()
+        self._came, self._next = True, 0
+        self._finish()
+
     def _on_gradient(self, parameter: Tensor) -> None:
         self.call_when_done()
         if not self.enabled:

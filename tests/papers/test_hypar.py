@@ -10,6 +10,7 @@ import pytest
 from planner.cost.model import CostModel, Settings
 from planner.cost.table import CostTable
 from planner.devices.library import cluster
+from planner.ir.rules import default_io
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
 from planner.reproduce import hypar as reproduced
@@ -25,7 +26,7 @@ from planner.reproduce.traced import layer_graph
 from planner.search.formulate import formulate
 from planner.search.published.hypar import DP, MP, Model, hypar, hypar_choice, hypar_exhaustive, uniform
 from planner.search.published.networks import network_of
-from planner.space.enumerate import default_io, enumerate_splits
+from planner.space.enumerate import enumerate_splits
 from support.published import HYPAR_DIMENSIONS
 
 FOUND = {found.published.title: found for found in reproduced.computed()}

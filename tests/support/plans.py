@@ -23,7 +23,7 @@ def document() -> Json:
         "schedule": {"kind": "single", "num_microbatches": 1},
         "stages": [{
             "mesh": {"axes": [{"name": "gpu", "size": 2}], "ranks": [0, 1]},
-            "devices": [], "parameter_sharding": "none",
+            "devices": [], "parameter_sharding": "none", "recompute": False, "cost": None,
             "layers": [
                 layer("input", "input", "sample", 0.0), layer("fc1", "linear", "out_channel", 0.002),
                 layer("fc2", "linear", "out_channel", 0.001), layer("output", "output", "sample", 0.0),

@@ -199,3 +199,17 @@ def test_a_profile_of_something_else_than_the_machine_is_noted(
         caplog.clear()
         api.machine_of(cluster, profile=tmp_path / "p.json")
         assert (f"was measured on {device}, this machine has cpu" in caplog.text) == warns
+
+
+def test_import_of_a_pipedream_profile(tmp_path: Path) -> None:
+    source, output = SHIPPED.parents[1] / "pipedream" / "vgg16.txt", tmp_path / "p.json"
+    nameless = layerwise("profile", "import", source, "--format", "pipedream", "-o", output)
+    assert (nameless.code, output.exists()) == (2, False)
+    assert "name it with --device" in nameless.error
+    ran = layerwise("profile", "import", source, "--format", "pipedream", "--device", "theirs", "-o", output)
+    assert ran.code == 0, ran.err
+    assert f"wrote {output}: 23 layers of theirs" in ran.err
+    assert "Backward is one time in the file" in read_profile(output).environment["notes"]
+    as_table = layerwise("profile", "import", source, "--device", "theirs", "-o", output)
+    assert as_table.code == 2
+    assert read_profile(output).device == "theirs"

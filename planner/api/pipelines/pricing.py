@@ -1,0 +1,62 @@
+"""What a pipelined plan costs on a machine: the splits are given, and the stages are simulated again."""
+
+from typing import TYPE_CHECKING
+
+from planner.api.pipelines.pieces import Pieces
+from planner.api.pipelines.search import Stage, pipeline_of
+from planner.cost.model import CostModel
+from planner.cost.pipeline import PipelineTimeline
+from planner.cost.simulate import simulate
+from planner.cost.stages import stage_times
+from planner.cost.table import CostTable
+from planner.errors import UsageError
+from planner.ir.dimension import Dimension
+from planner.ir.rules import default_io
+from planner.ir.schedule import ScheduleKind
+from planner.plan.schema import Plan
+from planner.plan.stages import graphs_of
+from planner.search.auto import Planned, Search
+from planner.search.problem import Status
+from planner.space.enumerate import enumerate_splits
+
+if TYPE_CHECKING:
+    from planner.api.planning import Planner
+
+
+def price_pipeline(plan: Plan, planner: "Planner") -> PipelineTimeline:
+    """Return the predicted step of a pipelined plan.
+
+    Args:
+        plan: of several stages.
+        planner: of the plan's model, for the whole batch, on the machine.
+
+    Raises:
+        UsageError: the machine has too few devices, or other groups of them.
+        MismatchError: the plan was made for another model.
+    """
+    pieces, machine = Pieces(planner), planner.machine
+    if len(machine.graph.devices) < plan.num_ranks:
+        raise UsageError(f"the plan needs {plan.num_ranks} devices, {machine.graph.name} has fewer")
+    traced = pieces.traced(plan.schedule.num_microbatches)
+    stages = []
+    for part, graph in zip(plan.stages, graphs_of(plan, traced.layers), strict=True):
+        mesh = pieces.mesh(part.mesh.ranks[0], len(part.mesh.ranks))
+        if mesh is None or mesh.shape != tuple(axis.size for axis in part.mesh.axes):
+            raise UsageError(
+                f"a stage of the plan on ranks {part.mesh.ranks} cannot be laid over {machine.graph.name}, whose "
+                "levels are " + " x ".join(f"{level.name}={level.size}" for level in machine.graph.levels)
+            )
+        model = CostModel.of(graph, machine.graph, mesh, machine.profile, planner.settings)
+        space = enumerate_splits(graph, mesh, default_io(graph.batch, mesh.size), frozenset(Dimension))
+        table = CostTable.of(space, model)
+        given = part.strategy()
+        strategy = {layer: type(split).of(mesh, split.dimensions) for layer, split in given.items()}
+        choice = table.choice(strategy)
+        times = stage_times(table, choice, plan.bucket_bytes, recompute=part.recompute)
+        planned = Planned(
+            "plan", choice, plan.bucket_bytes, simulate(table, choice, plan.bucket_bytes), Status.FEASIBLE, 0.0
+        )
+        stages.append(Stage(Search(table, None), planned, times))
+    positions = len({tuple(part.mesh.ranks) for part in plan.stages})
+    kind, count = ScheduleKind(plan.schedule.kind), plan.schedule.num_microbatches
+    return pipeline_of(stages, kind, count, positions, pieces, traced).timeline

@@ -1,0 +1,1 @@
+"""Pipelines: stages on ranks of their own, with synchronous schedules or in cycles with stale weights."""

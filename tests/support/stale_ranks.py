@@ -1,0 +1,210 @@
+"""What the ranks of ``tests/distributed/test_stale_pipelines.py`` run."""
+
+import gc
+import os
+import socket
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD
+
+from planner.errors import RunError
+from planner.ir.mesh import Mesh, MeshAxis
+from planner.ir.region import Region
+from planner.ir.split import LayerId
+from runtime.comm.groups import ProcessGroups
+from runtime.launch import Process
+from runtime.pipeline.build import Copy, Port
+from runtime.pipeline.cycles import PortLink
+from runtime.pipeline.module import pipeline
+from runtime.pipeline.stale import CycleStage, StalePipeline
+from support.loops import piece
+from support.pipeline_ranks import Skips
+from support.pipelines import Stages, staged_plan
+from support.stale_oracle import simulate
+from support.stale_pipelines import Log, batches, furthest, loss_fn, net, running, sgd
+
+CPU = torch.device("cpu")
+MEASURED = (15, 39)
+"""Steps of a long run behind which memory is looked at."""
+
+
+def check(argument: dict[str, Any], process: Process) -> dict[str, Any]:
+    """Train in cycles, with a rank for each stage and then under plans; return how far this rank is off."""
+    group = group_of(process.world_size, 60.0)
+    return {
+        "off": against_the_oracle(process.rank, process.world_size, group),
+        "bytes": long_run(process.rank, process.world_size, group),
+        "planned": [planned(**case) for case in argument["plans"]],
+    }
+
+
+def group_of(num_ranks: int, timeout_s: float) -> dist.ProcessGroup:
+    mesh = Mesh((MeshAxis("rank", num_ranks),), tuple(range(num_ranks)))
+    return ProcessGroups(mesh, [(0,)], timeout_s).blocking((0,))
+
+
+# ---- a rank for each stage
+
+
+def links(rank: int, stages: list[nn.Sequential], group: dist.ProcessGroup) -> tuple[PortLink | None, PortLink | None]:
+    """Return the links of a rank, for whole tensors."""
+    shapes, x = [], batches(1)[0][0]
+    for stage in stages[:-1]:
+        x = stage(x)
+        shapes.append(x.shape)
+
+    def link(boundary: int) -> PortLink:
+        found = PortLink(group, CPU, to_next=boundary == rank)
+        shape = tuple(shapes[boundary])
+        whole = Region((0,) * len(shape), shape)
+        copy = Copy(2 * boundary + 1 - rank, whole.slices_in(whole), whole)
+        found.ports = (Port(LayerId(f"cut{boundary}"), shape, torch.float64, True, (copy,), (copy,)),)
+        return found
+
+    return (link(rank - 1) if rank else None, link(rank) if rank < len(stages) - 1 else None)
+
+
+def own_stage(
+    rank: int, num_ranks: int, group: dist.ProcessGroup, mode: Any, pipelined: int | None = None
+) -> tuple[StalePipeline, Log]:
+    """Return a pipeline with the stage of this rank."""
+    stages = net(num_ranks)
+    optimizer = sgd(stages[rank])
+    stage = CycleStage(
+        stages[rank], optimizer, stage=rank, num_stages=num_ranks, mode=mode, links=links(rank, net(num_ranks), group),
+        loss_fn=loss_fn if rank == num_ranks - 1 else None,
+    )  # fmt: skip
+    return StalePipeline(stage, pipelined), Log(stages[rank], optimizer)
+
+
+def against_the_oracle(rank: int, num_ranks: int, group: dist.ProcessGroup) -> dict[str, float]:
+    """Return the largest difference of any weight after any cycle, by mode."""
+    found = {}
+    data = batches(9)
+    for mode, pipelined in [("stale", None), ("pipedream", None), ("stale", 4), ("pipedream", 4)]:
+        expected = simulate(net(num_ranks), data, mode, pipelined)
+        trained, log = own_stage(rank, num_ranks, group, mode, pipelined)
+        losses = trained.run(data)
+        off = furthest(log.weights, expected.weights[rank])
+        off = max(off, furthest([running(trained.stages[0].module)], [expected.running[rank]]))
+        if rank == num_ranks - 1:
+            off = max(off, furthest([losses], [[torch.tensor(v, dtype=torch.float64) for v in expected.losses]]))
+        found[f"{mode} {pipelined}"] = off
+        scores = trained.evaluate(data[0][0])
+        assert (scores is not None) == (rank == num_ranks - 1)
+    return found
+
+
+def long_run(rank: int, num_ranks: int, group: dist.ProcessGroup) -> dict[str, list[int]]:
+    """Return the bytes of all tensors in the middle and near the end of a run, by mode."""
+    found: dict[str, list[int]] = {}
+    data = batches(MEASURED[-1] + 1)
+    for mode in ("stale", "pipedream"):
+        stages = own_stage(rank, num_ranks, group, mode)[0].stages
+        trained = StalePipeline(stages)
+        optimizer = stages[0].optimizer
+        assert optimizer is not None
+        optimizer._optimizer_step_post_hooks.clear()  # the log
+        sizes = found[mode] = []
+        for k, (x, y) in enumerate(data):
+            trained.step(x, y)
+            if k in MEASURED:
+                gc.collect()
+                sizes.append(sum(t.nbytes for t in gc.get_objects() if issubclass(type(t), torch.Tensor)))
+        trained.drain()
+    return found
+
+
+# ---- stages of several ranks
+
+
+def planned(meshes: list[list[int]], kind: str, pipelined: int | None) -> dict[str, Any]:
+    """Return how far a planned pipeline is from one with a rank for each stage, in one process."""
+    steps, batch = 6, 8
+    generator = torch.Generator().manual_seed(5)
+    data = [
+        (
+            torch.randn(batch, 3, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(10, (batch,), generator=generator),
+        )
+        for _ in range(steps)
+    ]  # fmt: skip
+    optimizer = partial(SGD, lr=0.05, momentum=0.9)
+
+    def plan_on(sizes: list[list[int]], seed: int | None) -> Any:
+        return staged_plan(build(), (3, 6, 6), batch, 1, len(meshes), [tuple(s) for s in sizes], kind, seed)
+
+    alone = Stages(build, plan_on([[1]] * len(meshes), None))
+    modules = [each[0] for each in alone.modules]
+    reference = StalePipeline.in_process(
+        modules, [optimizer(m.parameters()) for m in modules], functional.cross_entropy, kind, pipelined  # type: ignore[arg-type]  # a mode
+    )  # fmt: skip
+    expected = reference.run(data)
+    whole = {n: t for m in modules for n, t in m.state_dict().items()}
+
+    net = pipeline(
+        build(), plan_on(meshes, 3), functional.cross_entropy, optimizer=optimizer, pipelined_steps=pipelined
+    )
+    losses = net.run(data)
+    (module,) = net.held_stages
+    worst = {}
+    for name, tensor in net.state_dict().items():
+        want = piece(module, name, whole[name])
+        worst[name] = float((tensor - want).abs().max() / max(float(want.abs().max()), 1e-3)) if want.numel() else 0.0
+    if losses:
+        worst["loss"] = float((torch.stack(losses) - torch.stack(expected)).abs().max())
+    return {"worst": max(worst.values()), "names": sorted(worst), "losses": len(losses)}
+
+
+def build() -> nn.Module:
+    torch.manual_seed(2)
+    return Skips().double()
+
+
+# ---- failures
+
+
+def fail(argument: dict[str, Any], process: Process) -> dict[str, list[Any]]:
+    """The last rank hangs, and in another run dies; return what the others are told, and after how many seconds."""
+    rank, last = process.rank, process.world_size - 1
+    found = {}
+    for kind in ("hang", "death"):
+        group = group_of(process.world_size, argument["timeout_s"][kind])
+        trained, _ = own_stage(rank, process.world_size, group, "stale")
+        start, message = time.monotonic(), ""
+        try:
+            for k, (x, y) in enumerate(batches(12)):
+                if rank == last and k == 7:
+                    break
+                trained.step(x, y)
+        except RunError as error:
+            message = str(error)
+        found[kind] = [message, time.monotonic() - start]
+        if kind == "hang":
+            wait_for_all(Path(argument["folder"]), rank, process.world_size)
+        else:
+            close_sockets()
+    return found
+
+
+def wait_for_all(folder: Path, rank: int, count: int) -> None:
+    """Wait until every rank has come here."""
+    (folder / str(rank)).touch()
+    while len(list(folder.iterdir())) < count:
+        time.sleep(0.02)
+
+
+def close_sockets() -> None:
+    """Do to this process's connections what the system does when a process dies."""
+    for place in list(Path("/proc/self/fd").iterdir()):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(place.name))) as connection:
+            connection.getpeername()  # fails where nobody is at the other end, as of listening sockets
+            connection.shutdown(socket.SHUT_RDWR)
