@@ -3,5 +3,6 @@
 from runtime.amp import GradScaler
 from runtime.data import ArrayDataset, loader
 from runtime.parallel import ParallelModule, parallelize
+from runtime.pipeline.module import pipelined
 
-__all__ = ["ArrayDataset", "GradScaler", "ParallelModule", "loader", "parallelize"]
+__all__ = ["ArrayDataset", "GradScaler", "ParallelModule", "loader", "parallelize", "pipelined"]

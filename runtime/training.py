@@ -247,7 +247,7 @@ def _measured_pipeline(plan: Plan, process: Process, count: int, warmup: int) ->
     if not ScheduleKind(plan.schedule.kind).is_synchronous:
         raise UsageError(
             f"layerwise run measures synchronous pipelines, not {plan.schedule.kind!r}: a cycle of it ends amid "
-            "other batches. Time a loop over runtime.pipeline's step()."
+            "other batches. Time a loop over the step() of runtime.pipelined."
         )
     tape = Tape(process.device)
     net = measuring.watched_pipeline(build_model(plan, process.device), plan, default_loss, tape)

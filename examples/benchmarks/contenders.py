@@ -19,7 +19,7 @@ from planner.ir.layout import balanced_pieces
 from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from runtime.launch import Process
-from runtime.pipeline.module import pipeline
+from runtime.pipeline.module import pipelined
 from runtime.training import (
     Step,
     build_model,
@@ -94,9 +94,9 @@ def pipelined_step(plan: Plan, process: Process) -> Step:
     """Return a step of a pipelined plan on synthetic data; of a schedule in cycles, a cycle."""
     model, batch = build_model(plan, process.device), whole_batch(plan, process.device)
     if not ScheduleKind(plan.schedule.kind).is_synchronous:
-        cycles = pipeline(model, plan, default_loss, optimizer=functools.partial(make_optimizer, plan.optimizer))
+        cycles = pipelined(model, plan, default_loss, optimizer=functools.partial(make_optimizer, plan.optimizer))
         return lambda: cycles.step(*batch.inputs, **batch.keywords)
-    net = pipeline(model, plan, default_loss)
+    net = pipelined(model, plan, default_loss)
     optimizer = make_optimizer(plan.optimizer, net.parameters())
 
     def step() -> None:

@@ -88,6 +88,11 @@ def plan_with(planner: Planner, **options: Any) -> Plan:
     return dataclasses.replace(planner, options=dataclasses.replace(planner.options, **options)).plan()
 
 
+def one_device(planner: Planner) -> str:
+    """Return the mesh of one device, as the option takes it."""
+    return ",".join(f"{level.name}=1" for level in planner.machine.graph.levels)
+
+
 def raced(
     plans: Mapping[str, Plan], hosts: Hosts | None, function: str = "runtime.training:race", **argument: Any
 ) -> Samples:

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Final
 
 from examples.benchmarks.contenders import ALONE, DDP, UNDISTURBED
-from examples.benchmarks.on_hosts import Case, iqr, plan_with, planner_on_hosts, raced, ratio, ratio_interval
+from examples.benchmarks.on_hosts import (
+    Case,
+    iqr,
+    one_device,
+    plan_with,
+    planner_on_hosts,
+    raced,
+    ratio,
+    ratio_interval,
+)
 from planner.errors import LayerwiseError
 from planner.ir.canonical import write_atomically
 from planner.plan import Plan
@@ -105,7 +114,7 @@ def measured(network: str, rate: str, rounds: int, budget_s: float) -> list[Row]
             ONE_F_ONE_B: plan_with(planner, stages=2, schedule="1f1b"),
             GPIPE: plan_with(planner, stages=2, schedule="gpipe"),
         }
-        alone_s = plan_with(planner, mesh=one_device(planner.machine.graph.levels)).totals.step_s
+        alone_s = plan_with(planner, mesh=one_device(planner)).totals.step_s
         ready = time.perf_counter()
         samples = raced(
             plans, hosts, "examples.benchmarks.contenders:race", contenders=[DDP, ALONE, UNDISTURBED], compute_only=[],
@@ -117,11 +126,6 @@ def measured(network: str, rate: str, rounds: int, budget_s: float) -> list[Row]
         print(*pipelines.sentences(plans[AUTO]), sep="\n", file=sys.stderr)
     predicted = {name: plan.totals.step_s for name, plan in plans.items()} | {ALONE: alone_s}
     return [_row(network, rate, way, plans.get(way), predicted.get(way, 0.0), samples) for way in samples]
-
-
-def one_device(levels: Sequence[object]) -> str:
-    """Return the mesh of one device, as text."""
-    return ",".join(f"{level.name}=1" for level in levels)  # type: ignore[attr-defined]
 
 
 def _row(

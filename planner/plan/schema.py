@@ -307,7 +307,7 @@ class Plan(StrictModel):
         if self.is_pipelined:
             raise UsageError(
                 f"this is a pipelined plan of {len(self.stages)} stages, and one of a single stage is needed. "
-                "runtime.pipeline and layerwise run train it; --stages 1 plans without a pipeline."
+                "runtime.pipelined and layerwise run train it; --stages 1 plans without a pipeline."
             )
         return self.stages[0]
 

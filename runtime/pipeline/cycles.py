@@ -98,7 +98,7 @@ class PortLink:
 
 
 class CyclePipeline(HeldStages):
-    """This rank's stage, trained in cycles; made by ``runtime.pipeline``.
+    """This rank's stage, trained in cycles; made by ``runtime.pipelined``.
 
     Every rank makes the same calls. ``step`` returns before the batch is done: behind the last one, and before weights
     are read, saved or evaluated, call ``drain``. The optimizer is called by ``step``.
@@ -184,7 +184,7 @@ def cycle_pipeline(
 ) -> CyclePipeline:
     """Return this rank's stage of a model, to be trained by the plan's schedule ``stale`` or ``pipedream``.
 
-    ``runtime.pipeline`` calls this. Every batch updates the weights of each stage in a cycle of its own, so the
+    ``runtime.pipelined`` calls this. Every batch updates the weights of each stage in a cycle of its own, so the
     pipeline holds the optimizer.
 
     Args:

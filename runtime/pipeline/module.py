@@ -1,4 +1,4 @@
-"""`pipeline`: what a training script calls on one rank of a pipeline."""
+"""`pipelined`: what a training script calls on one rank of a pipeline."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -18,11 +18,11 @@ from runtime.pipeline.synchronous import LossFunction, Scale, Synchronous
 
 
 @overload
-def pipeline(model: nn.Module, plan: Plan, loss_fn: LossFunction, *, timeout_s: float = 60.0) -> "Pipeline": ...
+def pipelined(model: nn.Module, plan: Plan, loss_fn: LossFunction, *, timeout_s: float = 60.0) -> "Pipeline": ...
 
 
 @overload
-def pipeline(
+def pipelined(
     model: nn.Module,
     plan: Plan,
     loss_fn: LossFunction,
@@ -33,7 +33,7 @@ def pipeline(
 ) -> CyclePipeline: ...
 
 
-def pipeline(
+def pipelined(
     model: nn.Module,
     plan: Plan,
     loss_fn: LossFunction,
@@ -93,7 +93,7 @@ def assembled(
     loss_fn: LossFunction,
     timeout_s: float,
 ) -> "Pipeline":
-    """Return the pipeline of this rank's modules; every rank must call it. Arguments as of ``pipeline``, ``build``."""
+    """Return the pipeline of this rank's modules; every rank must call it. Arguments as of ``pipelined``, ``build``."""
     floating = [p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
     dtype = floating[0].dtype if floating else torch.float32
     device = floating[0].device if floating else torch.device("cpu")
@@ -111,7 +111,7 @@ def group_of(world: TorchCommunicator) -> dist.ProcessGroup:
 
 
 class Pipeline(HeldStages):
-    """This rank's stages, trained by a synchronous schedule; made by ``runtime.pipeline``.
+    """This rank's stages, trained by a synchronous schedule; made by ``runtime.pipelined``.
 
     After ``step`` the gradients are those of the mean loss over the global batch, added to those that were there. Batch
     norm takes its statistics over each micro-batch, as in GPipe; with one micro-batch they are those of one device.

@@ -21,7 +21,7 @@ from runtime import checkpoint
 from runtime.data import own_samples
 from runtime.launch import Process
 from runtime.parallel import parallelize
-from runtime.pipeline.module import Pipeline, pipeline
+from runtime.pipeline.module import Pipeline, pipelined
 from support.equality import relative
 from support.pipelines import staged_plan
 
@@ -196,7 +196,7 @@ def check(argument: list[dict[str, Any]], process: Process) -> list[dict[str, An
     results = []
     for fields in argument:
         case = case_of(fields)
-        net = pipeline(build(case), case.plan(), loss_of)
+        net = pipelined(build(case), case.plan(), loss_of)
         worst = {n: v for n, v in differences(net, on_rank(case, net), on_one_device(case)) if not v < 1e-9}
         results.append({"rank": process.rank, "names": sorted(net.state_dict()), "worst": worst})
     return results
@@ -228,7 +228,7 @@ def checkpoint_there_and_back(folder: str, process: Process) -> dict[str, Any]:
     """Train with stages, go on without them, and again with other stages; return what differs from one device."""
     torch.set_num_threads(1)
     case, other = CHECKPOINTED, Case("resnet8", ((1,), (1,)), "zero-bubble", 2, cuts=4)
-    first = pipeline(build(case), case.plan(), loss_of)
+    first = pipelined(build(case), case.plan(), loss_of)
     optimizer = optimizer_of(first)
     stepped(first, optimizer, case, 0)
     checkpoint.save(first, optimizer, f"{folder}/a", step=1, extra={"rank": process.rank})
@@ -244,7 +244,7 @@ def checkpoint_there_and_back(folder: str, process: Process) -> dict[str, Any]:
     optimizer.step()
     checkpoint.save(second, optimizer, f"{folder}/b", step=2)
 
-    third = pipeline(blank(other), other.plan(), loss_of)
+    third = pipelined(blank(other), other.plan(), loss_of)
     optimizer = optimizer_of(third)
     checkpoint.load(third, optimizer, f"{folder}/b")
     stepped(third, optimizer, other, 2)
@@ -259,7 +259,7 @@ def checkpoint_there_and_back(folder: str, process: Process) -> dict[str, Any]:
     for name, parameter in expected.named_parameters():
         own = state["state"][name]["momentum_buffer"]
         worst[f"momentum of {name}"] = relative(own, theirs.state[parameter]["momentum_buffer"], 1.0)
-    wrong = pipeline(blank(case), case.plan(), loss_of)
+    wrong = pipelined(blank(case), case.plan(), loss_of)
     text = error_of(lambda: checkpoint.load(wrong, torch.optim.Adam(wrong.parameters()), f"{folder}/a"))
     return {
         "worst": {name: value for name, value in worst.items() if not value < 1e-9},
@@ -320,7 +320,7 @@ def lose_a_stage(argument: dict[str, Any], process: Process) -> str:
         seen.append(0.0)
         return loss_of(output, target)
 
-    net = pipeline(build(case), case.plan(), mortal, timeout_s=argument["timeout_s"])
+    net = pipelined(build(case), case.plan(), mortal, timeout_s=argument["timeout_s"])
     optimizer = optimizer_of(net)
     stepped(net, optimizer, case, 0)
     found = error_of(lambda: stepped(net, optimizer, case, 1))
@@ -331,7 +331,7 @@ def lose_a_stage(argument: dict[str, Any], process: Process) -> str:
 def misused() -> list[str]:
     """Return the errors of calls that cannot work."""
     case = CHECKPOINTED
-    net = pipeline(build(case), case.plan(), loss_of)
+    net = pipelined(build(case), case.plan(), loss_of)
     x, target = data(case, 0, 7)
     y, _ = data(case, 0)
     stale = case.plan().model_copy(update={"schedule": SchedulePart(kind="stale")})
@@ -340,6 +340,6 @@ def misused() -> list[str]:
         error_of(lambda: net.step(y, target=target)),
         error_of(lambda: net.evaluate(x[:3])),
         error_of(lambda: net(x)),
-        error_of(lambda: pipeline(build(case), stale, loss_of)),
-        error_of(lambda: pipeline(build(case), Case("resnet8", ((1,), (2,)), "gpipe", 2).plan(), loss_of)),
+        error_of(lambda: pipelined(build(case), stale, loss_of)),
+        error_of(lambda: pipelined(build(case), Case("resnet8", ((1,), (2,)), "gpipe", 2).plan(), loss_of)),
     ]

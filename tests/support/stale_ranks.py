@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim import SGD
 
+import runtime
 from planner.errors import RunError
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
@@ -23,7 +24,6 @@ from runtime.comm.groups import ProcessGroups
 from runtime.launch import Process
 from runtime.pipeline.build import Copy, Port
 from runtime.pipeline.cycles import PortLink
-from runtime.pipeline.module import pipeline
 from runtime.pipeline.stale import CycleStage, StalePipeline
 from support.loops import piece
 from support.pipeline_ranks import Skips
@@ -150,7 +150,7 @@ def planned(meshes: list[list[int]], kind: str, pipelined: int | None) -> dict[s
     expected = reference.run(data)
     whole = {n: t for m in modules for n, t in m.state_dict().items()}
 
-    net = pipeline(
+    net = runtime.pipelined(
         build(), plan_on(meshes, 3), functional.cross_entropy, optimizer=optimizer, pipelined_steps=pipelined
     )
     losses = net.run(data)

@@ -121,16 +121,18 @@ class Chain:
                 return None  # not a pipeline
             return self._price(part, part.num_devices, behind, None)
 
-        sizes, found, failure = tuple(sorted(self.figures)), list[Cuts](), None
+        sizes = tuple(sorted(self.figures))
+        cheapest: list[Cuts] = []
+        failure: InfeasibleError | None = None
         for used in self._used(devices, exact or 2):
             space = StageSpace(self.num_units, used, sizes, most)
             try:
-                found += best_cuts(space, price, [self.count], count=CANDIDATES, objective=objective)
+                cheapest += best_cuts(space, price, [self.count], count=CANDIDATES, objective=objective)
             except InfeasibleError as error:
                 failure = error
-        if failure is not None and not found:
+        if failure is not None and not cheapest:
             raise failure
-        return tuple(sorted(found, key=lambda cuts: cuts.cost_s)[:CANDIDATES])
+        return tuple(sorted(cheapest, key=lambda cuts: cuts.cost_s)[:CANDIDATES])
 
     def _used(self, devices: int, least: int) -> list[int]:
         """Return numbers of devices to use, which are the first ones of the machine: all, and powers of two."""

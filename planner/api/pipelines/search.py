@@ -119,7 +119,7 @@ def pipeline_at(planner: "Planner", kind: ScheduleKind, starts: Sequence[LayerId
         raise UsageError(f"{num_stages} stages need as many devices; {planner.machine.graph.name} has fewer")
     meshes = [mesh for s in range(num_stages) if (mesh := pieces.mesh(s, 1)) is not None]
     for found in _Search(planner, pieces).staged(kind, count, starts, meshes, num_stages):
-        return found
+        return replace(found, lower_bound_s=found.timeline.step_s, num_candidates="1")
     raise InfeasibleError("these stages do not fit in memory, also where activations are computed again")
 
 
