@@ -31,6 +31,10 @@ class Passes:
         self._task, self._again = -1, set[int]()
         self._resumed: int | None = None
 
+    def keep(self, count: int) -> None:
+        """Keep the numbers of at least so many passes: those whose backward pass may be to come."""
+        self._kept = deque(self._kept, maxlen=max(_KEPT, count))
+
     def begin(self, latest: int, inputs: Sequence[torch.Tensor]) -> int:
         """Return the number of a pass.
 

@@ -213,6 +213,17 @@ def seconds_of(steps: Sequence[Sequence[Span]]) -> PartSeconds:
     return PartSeconds(tuple(spans[-1].stop_s for spans in steps), parts)
 
 
+@contextlib.contextmanager
+def marked(tape: Tape | None, part: Part) -> Iterator[None]:
+    """Give the time in this context to a part of the step, where there is a tape."""
+    before = None if tape is None else tape.switch(part)
+    try:
+        yield
+    finally:
+        if tape is not None and before is not None:
+            tape.switch(before)
+
+
 class TimedCommunicator:
     """A communicator that marks on a tape when the rank waits for others; silent while the tape is.
 

@@ -13,11 +13,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from planner.errors import UsageError
 from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
 from planner.ir.mesh import Mesh
-from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes, Pending
 from runtime.data import own_part
@@ -133,7 +131,7 @@ def timed_steps(step: Step, count: int, device: torch.device) -> list[float]:
     """Return the seconds of each of several steps on the slowest rank; every rank must call it."""
     found = []
     for _ in range(count):
-        _meet()
+        meet()
         start = time.perf_counter()
         step()
         if device.type == "cuda":
@@ -146,7 +144,8 @@ def timed_steps(step: Step, count: int, device: torch.device) -> list[float]:
     return found
 
 
-def _meet() -> None:
+def meet() -> None:
+    """Wait until all ranks are here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
@@ -187,7 +186,8 @@ def compute_only(name: str) -> str:
 def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     """Run a plan on synthetic data on this rank; the function that local ranks are started with.
 
-    Plain steps and steps with marks (at most ``MAX_INSTRUMENTED_STEPS``) take turns, in one module.
+    Plain steps and steps with marks (at most ``MAX_INSTRUMENTED_STEPS``) take turns, in one module. Of pipelined plans
+    whose schedule is in cycles, a step is a cycle of the full pipeline.
 
     Args:
         argument: ``plan`` (JSON text), ``steps``, ``warmup``.
@@ -201,7 +201,9 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
     plan = Plan.from_json(argument["plan"])
     set_precision(plan)
     if plan.is_pipelined:
-        return _measured_pipeline(plan, process, argument["steps"], argument["warmup"])
+        from runtime.pipeline.measuring import measured_pipeline  # loads torch's pipelining
+
+        return measured_pipeline(plan, process, argument["steps"], argument["warmup"])
     plain_s, watched_steps, reductions = _measured_steps(plan, process, argument["steps"], argument["warmup"])
     alone = silent_step(plan, process)
     timed_steps(alone, 1, process.device)
@@ -213,7 +215,7 @@ def measure_plan(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         dist.all_gather_object(everyone, mine)
     everyone.sort(key=lambda each: each[0])
     rank, seconds, _ = max(everyone, key=lambda each: each[1].compute_s)
-    facts = {**_environment(process), "precision": plan.precision}
+    facts = {**environment_of(process), "precision": plan.precision}
     measured = seconds.measured(plan, rank, plain_s, alone_s, facts)
     return {"measured": measured.model_dump(mode="json"), "spans": [spans for _, _, spans in everyone]}
 
@@ -233,53 +235,19 @@ def _measured_steps(
         plain_s += timed_steps(step, 1, process.device)
         if k < MAX_INSTRUMENTED_STEPS:
             with watched(net, optimizer, tape):
-                _meet()
+                meet()
                 tape.start()
                 step()
                 spans.append(tape.stop())
     return plain_s, spans, tape.reductions()
 
 
-def _measured_pipeline(plan: Plan, process: Process, count: int, warmup: int) -> dict[str, Any]:
-    """Run a synchronous pipelined plan; plain steps and steps with marks take turns."""
-    from runtime.pipeline import measuring  # loads torch's pipelining
-
-    if not ScheduleKind(plan.schedule.kind).is_synchronous:
-        raise UsageError(
-            f"layerwise run measures synchronous pipelines, not {plan.schedule.kind!r}: a cycle of it ends amid "
-            "other batches. Time a loop over the step() of runtime.pipelined."
-        )
-    tape = Tape(process.device)
-    net = measuring.watched_pipeline(build_model(plan, process.device), plan, default_loss, tape)
-    optimizer = make_optimizer(plan.optimizer, net.parameters())
-    batch = whole_batch(plan, process.device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            net.step(*batch.inputs, **batch.keywords)  # type: ignore[arg-type]  # names of the model's inputs
-        optimizer.step()
-
-    timed_steps(step, warmup, process.device)
-    plain_s: list[float] = []
-    spans: list[tuple[Span, ...]] = []
-    for k in range(count):
-        plain_s += timed_steps(step, 1, process.device)
-        if k < MAX_INSTRUMENTED_STEPS:
-            with measuring.marked(net, optimizer, tape):
-                _meet()
-                tape.start()
-                step()
-                spans.append(tape.stop())
-    facts = {**_environment(process), "precision": plan.precision}
-    return measuring.gathered(plan, process, plain_s, spans, tape.reductions(), facts)
-
-
 def _plain(spans: Sequence[Span]) -> list[list[str | float]]:
     return [[span.part.phase.value, span.part.layer, span.start_s, span.stop_s] for span in spans]
 
 
-def _environment(process: Process) -> dict[str, str]:
+def environment_of(process: Process) -> dict[str, str]:
+    """Return what a rank's seconds depend on."""
     device = process.device
     return {
         "python": platform.python_version(),

@@ -3,10 +3,9 @@
     sudo python -m examples.benchmarks.pipelines_measured [--networks resnet50 ...] [--rate 200mbit]
 
 makes two hosts joined by a link of that rate, measures cores, link and layers, plans with ``--stages auto``, then
-trains in all ways side by side, a step of each after the other, and appends to a CSV file. ``one device`` trains the
-whole batch on every host at the same time, ``one device, other idle`` on one of them. Where a network has batch norm,
-all ways take the statistics of a part of the batch: of a micro-batch, or of a rank's samples. ``--show`` prints the
-file. Needs root and iproute2, and a machine that has nothing else to do.
+trains in all ways side by side, a step of each after the other, and appends to a CSV file. Where a network has batch
+norm, all ways take the statistics of a part of the batch: of a micro-batch, or of a rank's samples. ``--show`` prints
+the file. Needs root and iproute2, and a machine that has nothing else to do.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from examples.benchmarks.contenders import ALONE, DDP, UNDISTURBED
+from examples.benchmarks.contenders import DDP, UNDISTURBED
 from examples.benchmarks.on_hosts import (
     Case,
     iqr,
@@ -36,15 +35,15 @@ from planner.plan import Plan
 from planner.report import pipelines
 
 OUTPUT: Final = Path(__file__).with_suffix(".csv")
-AUTO, ONE_STAGE, ONE_F_ONE_B, GPIPE = "planned, stages auto", "planned, one stage", "1F1B", "GPipe"
+AUTO, ONE_STAGE, GPIPE = "planned, stages auto", "planned, one stage", "GPipe"
 _OPTIONS: Final = {"sync_batch_norm": False, "all_devices": False}
 CASES: Final = {
     "resnet50": Case("resnet50", 32, (3, 64, 64), options=_OPTIONS),
     "vgg16": Case("vgg16", 16, (3, 64, 64), options=_OPTIONS),
     "resnet18": Case("resnet18", 32, (3, 64, 64), options=_OPTIONS),
 }
-MICROBATCHES: Final = (8, 2)
-"""Sizes of batches whose layers are timed beside the whole one, and half of each."""
+MICROBATCHES: Final = (4,)
+"""Sizes of batches whose layers are timed beside the whole one; half of each is timed, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +110,19 @@ def measured(network: str, rate: str, rounds: int, budget_s: float) -> list[Row]
         plans = {
             AUTO: plan_with(planner, stages="auto"),
             ONE_STAGE: plan_with(planner, all_devices=True),
-            ONE_F_ONE_B: plan_with(planner, stages=2, schedule="1f1b"),
             GPIPE: plan_with(planner, stages=2, schedule="gpipe"),
         }
         alone_s = plan_with(planner, mesh=one_device(planner)).totals.step_s
         ready = time.perf_counter()
         samples = raced(
-            plans, hosts, "examples.benchmarks.contenders:race", contenders=[DDP, ALONE, UNDISTURBED], compute_only=[],
-            warmup=2, rounds=rounds, seconds=budget_s,
+            plans, hosts, "examples.benchmarks.contenders:race", contenders=[DDP, UNDISTURBED], compute_only=[],
+            warmup=1, rounds=rounds, seconds=budget_s,
         )  # fmt: skip
     spent = layered - start, ready - layered, time.perf_counter() - ready
     print(f"{network}: layers {spent[0]:.0f} s, planning {spent[1]:.0f} s, steps {spent[2]:.0f} s", file=sys.stderr)
     if plans[AUTO].is_pipelined:
         print(*pipelines.sentences(plans[AUTO]), sep="\n", file=sys.stderr)
-    predicted = {name: plan.totals.step_s for name, plan in plans.items()} | {ALONE: alone_s}
+    predicted = {name: plan.totals.step_s for name, plan in plans.items()} | {UNDISTURBED: alone_s}
     return [_row(network, rate, way, plans.get(way), predicted.get(way, 0.0), samples) for way in samples]
 
 

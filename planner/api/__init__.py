@@ -3,10 +3,12 @@
 from planner.api.comparing import (
     Comparison,
     Priced,
+    PricedStages,
     compare,
     compare_with,
     local_layers,
     price_plan,
+    price_stages,
     reprice,
 )
 from planner.api.machine import (
@@ -40,6 +42,7 @@ __all__ = [
     "Plan",
     "Planner",
     "Priced",
+    "PricedStages",
     "compare",
     "compare_with",
     "data_sheet_profile",
@@ -52,6 +55,7 @@ __all__ = [
     "plan_model",
     "prepare",
     "price_plan",
+    "price_stages",
     "refuse_unknown_accelerator",
     "reprice",
     "time_layers",

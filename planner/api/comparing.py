@@ -10,7 +10,7 @@ from torch import nn
 
 from planner.api.machine import Machine, machine_of
 from planner.api.options import Options, Origin, options_of
-from planner.api.pipelines import price_pipeline
+from planner.api.pipelines import price_pipeline, stage_costs
 from planner.api.planning import Planner, prepare
 from planner.cost.model import LayerCost
 from planner.cost.pipeline import PipelineTimeline
@@ -24,7 +24,7 @@ from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh
 from planner.ir.split import Split
 from planner.plan.check import refuse_other_model
-from planner.plan.schema import Plan
+from planner.plan.schema import Plan, StageCostPart
 from planner.profile.key import LocalLayer
 from planner.search.auto import Planned, Search
 
@@ -118,11 +118,28 @@ class Priced:
         return tuple(costs[c] for costs, c in zip(self.table.layers, self.choice, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class PricedStages:
+    """A pipelined plan on a machine.
+
+    Attributes:
+        timeline: the predicted step; of schedules in cycles, a cycle.
+        stages: what every stage costs.
+    """
+
+    timeline: PipelineTimeline
+    stages: tuple[StageCostPart, ...]
+
+
 def reprice(plan: Plan, machine: Machine) -> Timeline | PipelineTimeline:
     """Return the predicted step of a plan on another machine with as many devices; see ``price_plan``."""
-    if plan.is_pipelined:
-        return price_pipeline(plan, _planner_of(plan, machine))
-    return price_plan(plan, machine).timeline
+    return (price_stages if plan.is_pipelined else price_plan)(plan, machine).timeline
+
+
+def price_stages(plan: Plan, machine: Machine) -> PricedStages:
+    """Return what the stages of a pipelined plan cost on a machine; raises as ``price_plan``."""
+    found = price_pipeline(plan, _planner_of(plan, machine))
+    return PricedStages(found.timeline, stage_costs(found))
 
 
 def price_plan(plan: Plan, machine: Machine) -> Priced:

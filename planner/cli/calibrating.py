@@ -46,6 +46,11 @@ def calibrate(
     from planner.api import local_layers
 
     plan = read_plan(path)
+    if plan.is_pipelined:
+        raise UsageError(
+            f"{path} is a pipelined plan, whose runs are timed stage by stage: no profile can be made of them. Run and "
+            "calibrate with a plan of one stage (layerwise plan --stages 1), or time layers with layerwise profile."
+        )
     found = read_measured(measured, plan)
     before = None if profile is None else read_profile(profile)
     refuse_unwritable(output)

@@ -13,10 +13,11 @@ from planner.cli.planning import refuse_unwritable
 from planner.cli.racing import refuse_too_many
 from planner.cli.terminal import Terminal, rendered
 from planner.cli.tracing import Target, is_as_planned, note_other_machine
+from planner.errors import UsageError
 from planner.plan import Plan
 
 if TYPE_CHECKING:
-    from planner.api import Machine
+    from planner.api import Machine, PricedStages
     from planner.plan.measured import Measured
     from planner.plan.measured_stages import MeasuredPipeline
 
@@ -64,10 +65,11 @@ def run(
         timings.save(measured)
     if trace is not None:
         _write_trace(trace, found, timings, spans)
+    machine = _machine(found, target)
     if isinstance(timings, MeasuredPipeline):
-        _report_stages(found, timings, terminal)
+        _report_stages(found, timings, machine, terminal)
     else:
-        _report(found, timings, _machine(found, target), terminal)
+        _report(found, timings, machine, terminal)
     for place in filter(None, (measured, trace)):
         terminal.err.print(f"wrote {place}")
 
@@ -139,9 +141,9 @@ def _write_trace(path: Path, plan: Plan, measured: "Measured | MeasuredPipeline"
 
 def _machine(plan: Plan, target: Target) -> "Machine | None":
     """Return the machine to predict for: the one asked for, or this host; None in a job on several hosts."""
-    if target.cluster is None and int(os.environ.get("LOCAL_WORLD_SIZE", plan.mesh.size)) < plan.mesh.size:
+    if target.cluster is None and int(os.environ.get("LOCAL_WORLD_SIZE", plan.num_ranks)) < plan.num_ranks:
         return None
-    return target.machine(plan, f"local-{plan.mesh.size}")
+    return target.machine(plan, f"local-{plan.num_ranks}")
 
 
 def _report(plan: Plan, measured: "Measured", machine: "Machine | None", terminal: Terminal) -> None:
@@ -150,7 +152,7 @@ def _report(plan: Plan, measured: "Measured", machine: "Machine | None", termina
 
     steps, said = [], None
     if machine is None or not is_as_planned(plan, machine):
-        steps.append((plan.cluster.name, plan.totals.step_s))
+        steps.append((_planned_for(plan, machine), plan.totals.step_s))
     if machine is not None:
         note_other_machine(plan, machine, terminal)
         priced = price_plan(plan, machine)
@@ -168,13 +170,39 @@ def _report(plan: Plan, measured: "Measured", machine: "Machine | None", termina
         terminal.out.print(sentence)
 
 
-def _report_stages(plan: Plan, measured: "MeasuredPipeline", terminal: Terminal) -> None:
+def _report_stages(plan: Plan, measured: "MeasuredPipeline", machine: "Machine | None", terminal: Terminal) -> None:
     from planner.report import measured_stages as tables
 
-    for table in (tables.steps(plan, measured), tables.stages(plan, measured)):
+    where = _planned_for(plan, machine)
+    steps, costs = [(where, plan.totals.step_s)], [stage.cost for stage in plan.stages]
+    if machine is not None and not is_as_planned(plan, machine):
+        note_other_machine(plan, machine, terminal)
+        priced = _priced(plan, machine, terminal)
+        if priced is not None:
+            where, costs = machine.graph.name, list(priced.stages)
+            steps.append((where, priced.timeline.step_s))
+    for table in (tables.steps(plan, steps, measured), tables.stages(plan, where, costs, measured)):
         terminal.out.print(rendered(table))
         terminal.out.print()
-    terminal.out.print(tables.marking_sentence(measured))
+    terminal.out.print(tables.marking_sentence(plan, measured))
+
+
+def _priced(plan: Plan, machine: "Machine", terminal: Terminal) -> "PricedStages | None":
+    """Return a pipelined plan on a machine; None where its stages cannot be laid over that, which has run it anyway."""
+    from planner.api import price_stages
+
+    try:
+        return price_stages(plan, machine)
+    except UsageError as error:
+        terminal.err.print(f"note: predicted for {plan.cluster.name} only: {error}")
+        return None
+
+
+def _planned_for(plan: Plan, machine: "Machine | None") -> str:
+    """Return the machine that a plan was made for, as a run names it beside the one that it predicts for."""
+    name = plan.cluster.name
+    is_older = machine is not None and machine.graph.name == name and not is_as_planned(plan, machine)
+    return f"{name}, when planned" if is_older else name
 
 
 def _sentences(measured: "Measured", machine: "Machine | None") -> Iterator[str]:

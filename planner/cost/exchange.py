@@ -8,7 +8,8 @@ makes it fast on thousands of ranks.
 What a rank copies (``runtime.comm.packing.Exchange``), in elements read or written: what it sends into the message and
 what comes out of it, each read and written; what it keeps from the old piece to the new one, likewise. Where what comes
 is to be added up (gradients of halos), the new piece is read once more with each addition, and set to zero before
-unless what is kept fills it.
+unless what is kept fills it. **Deviation**: the runtime sends a single part that lies together (rows of the first
+dimension, to one other rank) from where it is; here it is packed all the same.
 """
 
 import functools

@@ -9,6 +9,7 @@ from planner.ir.dimension import Dimension
 from planner.ir.graph import LayerGraph, is_pinned, tied_layers
 from planner.ir.ops import Redistribute
 from planner.ir.rules import InputOutput, io_splits, is_legal
+from planner.ir.schedule import ScheduleKind, problem_of
 from planner.plan.schema import Plan
 
 MAX_ELEMENTS: Final = 2**50
@@ -52,6 +53,11 @@ def _schedule_problems(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "$.schedule.num_microbatches", f"is {count}, which does not divide the batch of {plan.batch}"
     if kind in {"single", "stale", "pipedream"} and count != 1:
         yield "$.schedule.num_microbatches", f"is {count}, but {kind!r} works on whole batches"
+    yield from _rank_problems(plan)
+
+
+def _rank_problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    kind = plan.schedule.kind
     held: set[tuple[int, ...]] = set()
     known: set[int] = set()
     for s, stage in enumerate(plan.stages):
@@ -64,12 +70,25 @@ def _schedule_problems(plan: Plan) -> Iterator[tuple[str, str]]:
             yield f"$.stages[{s}].mesh.ranks", "hold a part of another stage's ranks; stages share all ranks or none"
         held.add(ranks)
         known |= set(ranks)
+    yield from _order_problems(plan, len(held))
     if known != set(range(len(known))):
         where = "$.stages" if plan.is_pipelined else "$.stages[0].mesh.ranks"
         yield where, f"are not the numbers 0 to {len(known) - 1} in order"
     if len(known) > plan.cluster.num_devices:
         where = "$.stages" if plan.is_pipelined else "$.stages[0].mesh"
         yield where, f"has {len(known)} ranks, the cluster {plan.cluster.num_devices} devices"
+
+
+def _order_problems(plan: Plan, num_positions: int) -> Iterator[tuple[str, str]]:
+    """Yield what keeps stages from taking turns on their groups of ranks, where a group may hold several."""
+    dealt = [tuple(stage.mesh.ranks) for stage in plan.stages]
+    if plan.schedule.kind not in {"interleaved", "zero-bubble"}:
+        return
+    problem = problem_of(ScheduleKind(plan.schedule.kind), len(dealt), num_positions, plan.schedule.num_microbatches)
+    if problem is not None:
+        yield "$.schedule", problem
+    elif any(ranks != dealt[s % num_positions] for s, ranks in enumerate(dealt)):
+        yield "$.stages", f"do not go round {num_positions} groups of ranks in the same order each time"
 
 
 def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:

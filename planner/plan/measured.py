@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from planner.errors import MismatchError
+from planner.errors import FormatError, MismatchError
 from planner.ir.canonical import StrictModel, decode_file, write_atomically
 from planner.plan.schema import MAX_RANKS, Count, Name, Plan, Seconds, Sha256, StepSeconds
 
@@ -113,7 +113,15 @@ def read_measured(path: Path, plan: Plan) -> Measured:
         FormatError: every problem with its JSON path.
         MismatchError: another plan was run.
     """
-    found = decode_file(Measured, path, WHAT)
+    try:
+        found = decode_file(Measured, path, WHAT)
+    except FormatError:
+        if _is_of_a_pipeline(path):
+            raise MismatchError(
+                f"{WHAT} {str(path)!r} is of a pipelined plan, with the seconds of stages and not of layers. Run the "
+                f"given plan: layerwise run PLAN --measured {path}"
+            ) from None
+        raise
     ids = [layer.id for layer in found.layers]
     if found.plan_sha256 != plan.digest or ids != [layer.id for layer in plan.stages[0].layers]:
         raise MismatchError(
@@ -122,6 +130,16 @@ def read_measured(path: Path, plan: Plan) -> Measured:
             f"--measured {path}"
         )
     return found
+
+
+def _is_of_a_pipeline(path: Path) -> bool:
+    from planner.plan.measured_stages import MeasuredPipeline
+
+    try:
+        decode_file(MeasuredPipeline, path, WHAT)
+    except FormatError:
+        return False
+    return True
 
 
 LAYER_PHASES: Final = ("forward", "backward", "transfer_forward", "transfer_backward")

@@ -12,11 +12,14 @@ from planner.plan.schema import MAX_RANKS, Count, Name, Seconds, Sha256, StepSec
 class MeasuredStage(StrictModel):
     """Medians over the steps, of the rank of the stage that computes most.
 
+    Of schedules in cycles (``stale``, ``pipedream``), a step is a cycle, and its one micro-batch is a whole batch.
+
     Attributes:
         rank: of the job.
         forward_s, backward_s: of one micro-batch, transfers inside the stage included.
-        tail_s: of a step: gradients into the buckets of the reductions, waiting for these, and the update. The share of
-            one stage, where its ranks hold several.
+        tail_s: of a step: gradients into the buckets of the reductions, waiting for these, and the update, with copies
+            of weights that it is about to overwrite (``pipedream``). The share of one stage, where its ranks hold
+            several.
         bubble_share: of the step, in which the rank did none of these: it waited for other stages, or the interpreter
             worked.
     """
@@ -30,6 +33,8 @@ class MeasuredStage(StrictModel):
 
 class MeasuredPipeline(StrictModel):
     """A measured run of a pipelined plan.
+
+    Of schedules in cycles, a step is a cycle of the full pipeline; cycles follow each other without a barrier.
 
     Attributes:
         schema_version: of this form.

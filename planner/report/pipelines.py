@@ -23,7 +23,7 @@ def stages(plan: Plan) -> Table:
         "mesh": [axes_text(stage) + (", recomputed" if stage.recompute else "") for stage in plan.stages],
         "forward": [format_seconds(cost.forward_s) for cost in numbers],
         "backward": [format_seconds(cost.backward_s) for cost in numbers],
-        "of the slowest": [percent(seconds / max(work)) for seconds in work],
+        "of the slowest": [percent(seconds / (max(work) or 1)) for seconds in work],
         "sent": [format_bytes(cost.sent_bytes) for cost in numbers],
         "sync, update": [format_seconds(cost.tail_s) for cost in numbers],
         "bubble": [percent(cost.bubble_share) for cost in numbers],
@@ -55,6 +55,7 @@ def sentences(plan: Plan) -> Iterator[str]:
 
 def _layers(stage: StagePart) -> str:
     own = [layer.id for layer in stage.layers if layer.op not in {"receive", "send", "input", "output"}]
+    own = own or [layer.id for layer in stage.layers]
     return f"{own[0]} … {own[-1]}" if len(own) > 1 else own[0]
 
 

@@ -19,6 +19,7 @@ rows of unlike devices and links are priced as they are.
 import bisect
 import heapq
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +41,19 @@ class Part(NamedTuple):
         return self.stop_device - self.first_device
 
 
-Price = Callable[[Part, int, int], float | None]
+class Seconds(NamedTuple):
+    """Of a micro-batch in a stage, where what waits for it is longer than what it keeps the stage's devices busy.
+
+    Attributes:
+        through_s: that it adds to the sum: with its way to the stage and back.
+        busy_s: that count for the maximum.
+    """
+
+    through_s: float
+    busy_s: float
+
+
+Price = Callable[[Part, int, int], float | Seconds | None]
 """Seconds of a micro-batch in a stage, from the stage, the number of stages behind it and that of micro-batches.
 
 None where the stage does not fit in memory, or is forbidden. Called once for each of them.
@@ -145,6 +158,10 @@ def best_cuts(
     return tuple(heapq.nsmallest(count, found, key=lambda cuts: (cuts.cost_s, cuts.sum_s, len(cuts.parts))))
 
 
+_Extended = tuple[float, float, Part, "_Suffix"]
+"""A suffix before it is known whether it is kept: most are not."""
+
+
 class _Suffix(NamedTuple):
     """The last stages; the first of them, and what is behind it."""
 
@@ -186,7 +203,7 @@ class _Chain:
         self, behind: dict[tuple[int, int], list[_Suffix]], num_behind: int
     ) -> dict[tuple[int, int], list[_Suffix]]:
         """Return the suffixes with one stage more, by their first unit and device."""
-        longer: dict[tuple[int, int], list[_Suffix]] = {}
+        longer: dict[tuple[int, int], list[_Extended]] = {}
         for (stop, stop_device), suffixes in behind.items():
             for size, first in itertools.product(sorted(set(self.space.sizes)), range(stop)):
                 first_device = stop_device - size
@@ -194,11 +211,12 @@ class _Chain:
                     continue
                 part = Part(first, stop, first_device, stop_device)
                 seconds = self.price(part, num_behind, self.num_microbatches)
-                if seconds is not None:
-                    longer.setdefault((first, first_device), []).extend(
-                        _Suffix(suffix.sum_s + seconds, max(suffix.slowest_s, seconds), part, suffix)
-                        for suffix in suffixes
-                    )
+                if seconds is None:
+                    continue
+                through_s, busy_s = seconds if isinstance(seconds, Seconds) else (seconds, seconds)
+                longer.setdefault((first, first_device), []).extend(
+                    (suffix[0] + through_s, max(suffix[1], busy_s), part, suffix) for suffix in suffixes
+                )
         return {start: _undominated(suffixes, self.count) for start, suffixes in longer.items()}
 
     def _can_begin(self, first: int, first_device: int, num_stages: int) -> bool:
@@ -208,13 +226,13 @@ class _Chain:
         return first > 0 and first_device > 0 and num_stages < self.space.most_stages
 
 
-def _undominated(suffixes: Sequence[_Suffix], count: int) -> list[_Suffix]:
+def _undominated(suffixes: Sequence[_Extended], count: int) -> list[_Suffix]:
     """Return those that fewer than so many others are at least as good as, in sum and maximum."""
     kept: list[_Suffix] = []
     least: list[float] = []  # the smallest maxima so far
-    for suffix in sorted(suffixes, key=lambda suffix: suffix[:2]):
-        if len(least) < count or suffix.slowest_s < least[-1]:
-            kept.append(suffix)
-            bisect.insort(least, suffix.slowest_s)
+    for suffix in sorted(suffixes, key=operator.itemgetter(0, 1)):
+        if len(least) < count or suffix[1] < least[-1]:
+            kept.append(_Suffix(*suffix))
+            bisect.insort(least, suffix[1])
             del least[count:]
     return kept

@@ -91,6 +91,18 @@ class OptimizerPart:
         return OptimizerPart(self.kind, groups, {(name, key): piece for (name, key), piece in tensors.items()}, numbers)
 
 
+def of_all_ranks(part: Part, mine: OptimizerPart | None) -> OptimizerPart | None:
+    """Return what all ranks have of an optimizer, None where nobody has one; all ranks must call it.
+
+    Ranks whose stages have no parameters have no optimizer.
+    """
+    if part.elsewhere is not None and part.mesh.size > 1:
+        kinds = [kind for kind in part.everyones(None if mine is None else mine.kind) if kind is not None]
+        if mine is None and kinds:
+            mine = OptimizerPart(kinds[0], [], {}, {})
+    return None if mine is None else mine.complete(part)
+
+
 def parameter_names(part: Part, optimizer: torch.optim.Optimizer) -> dict[int, str]:
     """Return the names of an optimizer's parameters, by identity.
 

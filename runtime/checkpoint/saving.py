@@ -28,6 +28,7 @@ from runtime.checkpoint.optimizers import (
     OptimizerPart,
     State,
     matched,
+    of_all_ranks,
     of_this_rank,
     parameter_names,
     restore,
@@ -111,8 +112,9 @@ def save(
     of it is on disk; until then an older checkpoint of that name stays, and stays readable if a rank is killed.
 
     Args:
-        net: of ``parallelize``; or a plain module that every rank has whole.
-        optimizer: of its parameters, any of ``torch.optim`` whose state is numbers and tensors of each parameter.
+        net: of ``parallelize`` or ``pipelined``; or a plain module that every rank has whole.
+        optimizer: of its parameters, any of ``torch.optim`` whose state is numbers and tensors of each parameter. None
+            on a rank whose stages have none.
         folder: on a file system that all ranks see. An older checkpoint there is replaced.
         step: how many steps were made; for the user.
         extra: what else to keep, such as the state dicts of a scheduler and a ``GradScaler``: numbers, strings,
@@ -307,8 +309,8 @@ def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step
         "passes": part.states[0].step if part.states else None,
         "torch": str(torch.__version__),
     }
+    mine = of_all_ranks(part, mine)
     if mine is not None:
-        mine = mine.complete(part)
         about["optimizer"] = {"kind": mine.kind, "groups": mine.groups, "tensors": {}, "numbers": mine.numbers}
         for (name, key), slot in mine.tensors.items():
             entries.append(Entry((*_STATE, name, key), slot.tensor, slot.shape, slot.regions))

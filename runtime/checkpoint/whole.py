@@ -78,12 +78,14 @@ class Part:
         """Return this rank's part of a parallel module, or of one that every rank has whole.
 
         Raises:
-            UsageError: a parallel module is inside another one, which would be taken for a whole one.
+            UsageError: a parallel module is inside another one, which would be taken for a whole one; or a pipeline in
+                cycles has batches in flight.
         """
         states: tuple[StepState, ...] = ()
         communicator: Communicator | None = None
         elsewhere: dict[str, tuple[int, ...]] | None = None
         if isinstance(net, HeldStages):
+            net.require_settled("its weights are saved, loaded or put together")
             states = tuple(stage._state for stage in net.held_stages)
             communicator = net.world
             mesh, position = communicator.mesh, communicator.position

@@ -9,6 +9,7 @@ from torch import nn
 from planner.errors import TraceError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.modes import asks_for_mode, is_same
+from planner.frontend.parameters import parameter_names
 from planner.frontend.prepare import buffers_written
 from planner.frontend.stages import stage_models
 from planner.frontend.trace import empty_inputs, trace
@@ -32,7 +33,9 @@ from runtime.lowering.lower import communication_axes
 from runtime.lowering.rewriting import samples_of
 from runtime.module import ParallelModule
 from runtime.parallel import agree, lower_as
+from runtime.parameters.local import tensors_of
 from runtime.state import is_in_backward
+from runtime.timing import Tape, TimedCommunicator
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,14 @@ def joined(stages: Sequence[StagePlan], rank: int, timeout_s: float) -> dict[int
     return found
 
 
-def build(model: nn.Module, stages: Sequence[StagePlan], plan: Plan, rank: int, timeout_s: float) -> list[StageModule]:
+def build(
+    model: nn.Module,
+    stages: Sequence[StagePlan],
+    plan: Plan,
+    rank: int,
+    timeout_s: float,
+    tape: Tape | None = None,
+) -> list[StageModule]:
     """Return the modules of the stages that this rank holds, in order; every rank must call it.
 
     Parameters and buffers of rank 0 are broadcast first.
@@ -194,11 +204,12 @@ def build(model: nn.Module, stages: Sequence[StagePlan], plan: Plan, rank: int, 
         plan: the whole plan.
         rank: this one, of the job.
         timeout_s: after which a collective with a missing peer fails.
+        tape: where communication inside the stages leaves marks while it runs; None where nobody measures.
     """
     seed = agree(model, everyone(plan, timeout_s))
     return [
-        stage_module(model, stages, s, communicator, seed)
-        for s, communicator in joined(stages, rank, timeout_s).items()
+        stage_module(model, stages, s, inner if tape is None else TimedCommunicator(inner, tape), seed)
+        for s, inner in joined(stages, rank, timeout_s).items()
     ]
 
 
@@ -207,10 +218,11 @@ def stage_module(
 ) -> StageModule:
     """Return the module of one stage, for the communicator's rank."""
     stage = stages[index]
-    home = homes(each.layers for each in stages)
+    home, first = homes(each.layers for each in stages), parameter_names(model)
+    places = {name: home.get(first[id(tensor)], 0) for name, tensor in tensors_of(model).items()}
     module = lower_as(
         StageModule, model, stage.traced, stage.plan, communicator, seed,
-        keeps=lambda name: home.get(name, 0) == index,
+        keeps=lambda name: places[name] == index,
     )  # fmt: skip
     module.stage, module.samples = stage, stage.plan.batch
     return module

@@ -26,6 +26,7 @@ from runtime.pipeline.holding import HeldStages, whole_shapes
 from runtime.pipeline.links import Message
 from runtime.pipeline.stale import CycleStage, Mode, StalePipeline
 from runtime.pipeline.transfers import Arrival, Post
+from runtime.timing import Tape
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -158,6 +159,14 @@ class CyclePipeline(HeldStages):
             losses += self.step(*(inputs if isinstance(inputs, tuple) else (inputs,)), target=target)
         return losses + self.drain()
 
+    def require_settled(self, what: str) -> None:
+        """Refuse while batches are in flight: stages have the weights of different moments, and gradients to come.
+
+        Raises:
+            UsageError: with their number.
+        """
+        self._steps.training.require_drained(what)
+
     def evaluate(self, *inputs: Any, **keywords: Any) -> Any:
         """Return this rank's samples of the output, on the ranks of the last stage; else None.
 
@@ -181,6 +190,7 @@ def cycle_pipeline(
     *,
     pipelined_steps: int | None = None,
     timeout_s: float = 60.0,
+    tape: Tape | None = None,
 ) -> CyclePipeline:
     """Return this rank's stage of a model, to be trained by the plan's schedule ``stale`` or ``pipedream``.
 
@@ -194,6 +204,7 @@ def cycle_pipeline(
         optimizer: makes one of the parameters of this rank, such as ``functools.partial(SGD, lr=0.1)``.
         pipelined_steps: later batches are not pipelined (hybrid); None: all are.
         timeout_s: after which a message or collective with a missing peer fails.
+        tape: as of ``build``.
 
     Raises:
         UsageError: a stage shards parameters over time or computes activations again.
@@ -206,7 +217,7 @@ def cycle_pipeline(
                 f"another moment than schedule {plan.schedule.kind!r} does. Plan with neither."
             )
     stages = cut(model, plan)
-    (module,) = build(model, stages, plan, dist.get_rank(), timeout_s)
+    (module,) = build(model, stages, plan, dist.get_rank(), timeout_s, tape)
     found = CyclePipeline([module], plan, everyone(plan, timeout_s), whole_shapes(model))
     parameters = [p for p in module.parameters() if p.requires_grad]
     found._steps = _Cycles(found, stages, loss_fn, optimizer(parameters) if parameters else None, pipelined_steps)
@@ -246,6 +257,11 @@ class _Cycles:
         )
         self.training = StalePipeline(stage, pipelined_steps)
         self._sizes: tuple[int, torch.dtype] | None = None
+
+    def watch(self, tape: Tape | None) -> None:
+        """Let forward, backward and update leave marks on a tape, or on none."""
+        for stage in self.training.stages:
+            stage.tape = tape
 
     def step(self, inputs: Sequence[Any], keywords: Mapping[str, Any], target: Any) -> list[Tensor]:
         """Feed a batch; see ``CyclePipeline.step``."""

@@ -53,6 +53,9 @@ class HeldStages(nn.Module):
         """The stages of this rank, in order."""
         return tuple(self.stages)  # type: ignore[arg-type]  # as put in
 
+    def require_settled(self, what: str) -> None:
+        """Refuse to read or write whole tensors at a time when the stages do not belong together; never, here."""
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -21,7 +21,7 @@ order. The numbers of a run do not depend on how stages are spread over processe
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ from torch.optim import Optimizer
 
 from planner.errors import UsageError
 from runtime.pipeline.links import Link, MemoryLink
-from runtime.pipeline.weights import Weights
+from runtime.pipeline.weights import Weights, without_autocast
+from runtime.timing import OPTIMIZER, Part, Phase, Tape, marked
 
 Mode = Literal["stale", "pipedream"]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -74,9 +75,14 @@ class CycleStage:
         links: to the previous and to the next stage; None beside the first and the last one.
         mode: ``stale`` or ``pipedream``.
 
+    Attributes:
+        tape: where forward, backward and update leave marks; None where nobody measures.
+
     Raises:
         UsageError: The numbers, the links or the loss function do not belong together.
     """
+
+    tape: Tape | None = None
 
     def __init__(
         self,
@@ -136,7 +142,7 @@ class CycleStage:
 
     def _forward(self, batch: _Batch) -> Tensor | None:
         received = self._before.receive() if self._before else ()
-        with self._weights.saving():
+        with self._marked(Phase.FORWARD), self._weights.saving():
             output = self.module(*(received or batch.inputs))
             if self._loss_fn is not None:
                 output = self._loss_fn(output, batch.targets)
@@ -157,14 +163,18 @@ class CycleStage:
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         if pairs:
-            with _without_autocast():
+            with self._marked(Phase.BACKWARD), without_autocast():
                 torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         if self._before is not None:
             self._before.send([_gradient(t) for t in done.received])
         del done, pairs  # stashed weights live as long as a graph refers to them
-        self._weights.before_update()
-        if self.optimizer is not None:
-            self.optimizer.step()
+        with marked(self.tape, OPTIMIZER):
+            self._weights.before_update()
+            if self.optimizer is not None:
+                self.optimizer.step()
+
+    def _marked(self, phase: Phase) -> AbstractContextManager[None]:
+        return marked(self.tape, Part(phase, f"stage {self.stage}"))
 
     def evaluate(self, inputs: tuple[Any, ...]) -> Any:
         """Do a forward pass without gradients; nothing may be in flight. Return what the last stage returns."""
@@ -191,15 +201,6 @@ def _gradient(tensor: Tensor) -> Tensor | None:
     if not tensor.requires_grad:
         return None
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _without_autocast() -> ExitStack:
-    """Return a context in which a backward pass runs in the types that its forward pass chose."""
-    stack = ExitStack()
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
 
 
 class StalePipeline:
@@ -321,7 +322,7 @@ class StalePipeline:
         Raises:
             UsageError: Batches are in flight.
         """
-        self._require_drained("evaluating")
+        self.require_drained("evaluating")
         passed: Any = inputs if isinstance(inputs, tuple) else (inputs,)
         for stage in self.stages:
             passed = stage.evaluate(passed)
@@ -336,7 +337,7 @@ class StalePipeline:
         Raises:
             UsageError: Batches are in flight.
         """
-        self._require_drained("saving")
+        self.require_drained("saving")
         return {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -345,10 +346,15 @@ class StalePipeline:
         Raises:
             UsageError: Batches are in flight.
         """
-        self._require_drained("loading")
+        self.require_drained("loading")
         self.num_steps = state["num_steps"]
 
-    def _require_drained(self, what: str) -> None:
+    def require_drained(self, what: str) -> None:
+        """Refuse something while batches are in flight.
+
+        Raises:
+            UsageError: with their number.
+        """
         if not self.is_drained:
             raise UsageError(f"{self.in_flight} batches are in flight; call drain() before {what}.")
 

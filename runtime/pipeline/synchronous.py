@@ -13,8 +13,10 @@ from planner.ir.ops import Input, Output
 from planner.ir.region import Region
 from planner.ir.rules import InputOutput
 from planner.ir.schedule import Action, ActionKind, Order, ScheduleKind, orders
+from planner.ir.split import LayerId
 from planner.plan.schema import Plan
 from runtime.data import smallest_batch
+from runtime.lowering.rewriting import samples_of
 from runtime.pipeline.build import StageModule, StagePlan, receives, sends
 from runtime.pipeline.torch_stage import TorchSchedule, TorchStage, unflattened
 from runtime.pipeline.transfers import Post
@@ -72,6 +74,7 @@ class Synchronous:
         self._stages = [TorchStage(m, len(stages), (position, len(groups)), self._post, device) for m in modules]
         for stage in self._stages:
             stage.on_this_rank = {each.stage_index: each for each in self._stages}
+            stage._module._state.passes.keep(plan.schedule.num_microbatches)
         self._smallest = max(smallest_batch(stage.plan) for stage in stages)
         self._schedules: dict[tuple[int, bool], TorchSchedule] = {}
         self._sizes: tuple[int, torch.dtype] | None = None
@@ -90,6 +93,8 @@ class Synchronous:
         self, inputs: Sequence[Any], keywords: Mapping[str, Any], target: Any, scale: Scale | None, everywhere: bool
     ) -> torch.Tensor | None:
         """Do forward and backward of a batch; see ``runtime.pipeline.module.Pipeline.step``."""
+        if not torch.is_grad_enabled():
+            raise UsageError("step() trains, and gradients are switched off (torch.no_grad()); evaluate() needs none")
         count = self._plan.schedule.num_microbatches
         size = self._size_of((*inputs, *keywords.values(), target))
         if size % count:
@@ -102,12 +107,18 @@ class Synchronous:
         args, kwargs = self._fed(inputs, keywords, count)
         targets = [None] * count if target is None else self._own_targets(target, count)
         self._values.clear()
+        if scale is not None and not self._stages[-1].is_last:
+            scale(torch.zeros((), device=self._device))  # a scaler makes its number when it is first called
         self._run(self._schedule(count, trains=True), args, kwargs, targets)
         return self._mean_loss(everywhere)
 
     def _loss(self, leaves: Sequence[Any], target: Any) -> torch.Tensor:
         output = unflattened(self._stages[-1], leaves)
         loss = self._loss_fn(output, target) if self._has_target else self._loss_fn(output)
+        if loss.dim():
+            raise UsageError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}; it must return the mean loss")
+        if not loss.requires_grad and any(isinstance(t, torch.Tensor) and t.requires_grad for t in leaves):
+            raise UsageError("loss_fn returned a loss without a gradient; it must not detach it")
         self._values.append(loss.detach())
         return self._scale(loss / self._plan.schedule.num_microbatches)
 
@@ -156,6 +167,12 @@ class Synchronous:
                 f"{size} samples do not divide into micro-batches of {batch}, and modules in training mode look at "
                 "whole micro-batches; call eval() first, or pass a multiple"
             )
+        last = self._all[-1]
+        if missing and any(samples_of(last.layers[i].output) is None for i in last.ids(Output)):
+            raise MismatchError(
+                f"{size} samples do not divide into micro-batches of {batch}, and an output of the model has none: "
+                "it (a loss, say) would count copies of the last sample. Pass a multiple."
+            )
         self._use(batch)
         count = (size + missing) // batch
         padded = [_padded(x, missing) for x in inputs], {k: _padded(x, missing) for k, x in keywords.items()}
@@ -171,15 +188,24 @@ class Synchronous:
 
     def _merged(self, chunks: list[tuple[Any, ...]], size: int) -> Any:
         """Return the whole output, of this rank's part for every micro-batch."""
+        layers = iter(self._all[-1].ids(Output))
+        leaves = [
+            self._joined(next(layers), parts, size) if isinstance(parts[0], torch.Tensor) else parts[0]
+            for parts in zip(*chunks, strict=True)
+        ]
+        return unflattened(self._stages[-1], leaves)
+
+    def _joined(self, layer: LayerId, parts: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+        """Return one of the outputs, without samples that were filled up; the mean of one that has none."""
         assert self._sizes is not None
         last, batch = self._all[-1], self._sizes[0]
-        leaves = []
-        for layer, parts in zip(last.ids(Output), zip(*chunks, strict=True), strict=True):
-            layout = last.layout(layer, batch)
-            regions = [layout.region(p) for p in range(layout.mesh.size)]
-            whole = [self._gathered(part, regions, layout.shape) for part in parts]
-            leaves.append(torch.cat(whole)[:size] if whole[0].dim() else torch.stack(whole).mean())
-        return unflattened(self._stages[-1], leaves)
+        layout, samples = last.layout(layer, batch), samples_of(last.layers[layer].output)
+        regions = [layout.region(p) for p in range(layout.mesh.size)]
+        whole = [self._gathered(part, regions, layout.shape) for part in parts]
+        if samples is None:
+            return torch.stack(whole).mean(0)
+        dim, rows = samples
+        return torch.cat(whole, dim).narrow(dim, 0, size * rows)
 
     def _gathered(self, part: torch.Tensor, regions: Sequence[Region], shape: tuple[int, ...]) -> torch.Tensor:
         if all(region.shape == shape for region in regions):
@@ -233,7 +259,10 @@ class Synchronous:
             return [()] * count, [{}] * count
         assert self._sizes is not None
         stage, batch = self._all[0], self._sizes[0]
-        names = [n for n in map(str, stage.ids(Input)) if n not in keywords]
+        known = list(map(str, stage.ids(Input)))
+        if unknown := sorted(set(keywords) - set(known)):
+            raise UsageError(f"the model has the inputs {known}, and none of the name {', '.join(unknown)}")
+        names = [n for n in known if n not in keywords]
         if len(inputs) != len(names):
             raise UsageError(f"the model has the inputs {names}, and {len(inputs)} were given on rank {self._rank}")
         position = stage.plan.mesh.ranks.index(self._rank)

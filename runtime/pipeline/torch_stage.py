@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from planner.ir.schedule import Order
 from runtime.pipeline.build import Port, StageModule
 from runtime.pipeline.transfers import Arrival, Post
-from runtime.timing import Part, Phase, Tape
+from runtime.pipeline.weights import without_autocast
+from runtime.timing import Part, Phase, Tape, marked
 
 LossOf = Callable[[Any, Any], torch.Tensor]
 
@@ -210,6 +211,7 @@ class TorchStage(_PipelineStageBase):
         self, fwd_chunk_id: int, args: tuple[Any, ...], kwargs: Any = None, save_forward_output: bool = True
     ) -> Any:
         """Run forward on a micro-batch; backward of the last stage begins with the loss, not with its output."""
+        kwargs = kwargs if self.is_first else None  # torch passes the model's to all stages of a rank
         output = super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
         if self.is_last:
             self.fwd_cache[fwd_chunk_id] = (), self.fwd_cache[fwd_chunk_id][1]
@@ -219,7 +221,7 @@ class TorchStage(_PipelineStageBase):
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
         """Run backward or a part of it; the last whole one of a step reduces gradients behind it."""
-        with self._marked(Phase.BACKWARD):
+        with self._marked(Phase.BACKWARD), without_autocast():
             match backward_type:
                 case "full":
                     return self._whole(_Backward(**bwd_kwargs), last_backward), None
@@ -231,14 +233,8 @@ class TorchStage(_PipelineStageBase):
                     self._of_weights(bwd_kwargs["param_groups"], last_backward)
                     return (), None
 
-    @contextlib.contextmanager
-    def _marked(self, phase: Phase) -> Iterator[None]:
-        before = None if self.tape is None else self.tape.switch(Part(phase, f"stage {self.stage_index}"))
-        try:
-            yield
-        finally:
-            if self.tape is not None and before is not None:
-                self.tape.switch(before)
+    def _marked(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
+        return marked(self.tape, Part(phase, f"stage {self.stage_index}"))
 
     def _whole(self, backward: "_Backward", is_last: bool) -> tuple[torch.Tensor | None, ...]:
         if not backward.requires_grad:
@@ -251,7 +247,7 @@ class TorchStage(_PipelineStageBase):
         """Return the gradients of the inputs, and what is left to do for those of the weights."""
         if not backward.requires_grad or not any(x.requires_grad for x in backward.input_values):
             return (None,) * len(backward.input_values), backward
-        if not self._can_split(backward):
+        if self._recomputes or not self._can_split(backward):  # two parts would compute activations twice again
             return self._whole(backward, is_last=False), _DONE
         with self._module.no_sync():
             once: Any = iter(backward.outputs)  # torch iterates a second time to detach them in place

@@ -33,6 +33,15 @@ def is_autocast() -> bool:
     return any(torch.is_autocast_enabled(device) for device in _DEVICES)
 
 
+def without_autocast() -> contextlib.ExitStack:
+    """Return a context in which a backward pass runs in the types that its forward pass chose."""
+    stack = contextlib.ExitStack()
+    for device in _DEVICES:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
 @dataclass(eq=False)
 class _Version:
     """Values of the weights between two updates.

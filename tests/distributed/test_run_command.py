@@ -11,6 +11,7 @@ import pytest
 
 from planner.plan import Plan
 from planner.plan.measured import read_measured
+from planner.plan.measured_stages import MeasuredPipeline
 from support.command_line import ROOT, layerwise
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -85,6 +86,59 @@ def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_pre
     assert sum(e["dur"] for e in in_turn) == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
     calibrated = layerwise("calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
     assert calibrated.code == 0, calibrated.err
+
+
+@pytest.mark.parametrize(("schedule", "count", "unit"), [("1f1b", 2, "step"), ("stale", 1, "cycle")])
+def test_it_measures_every_stage_of_a_pipeline_and_holds_it_against_both_predictions(
+    folder: Path, schedule: str, count: int, unit: str
+) -> None:
+    asked = ["--stages", "2", "--schedule", schedule, *(["--microbatches", str(count)] if count > 1 else [])]
+    planned = layerwise("plan", "lenet5", "--devices", "2", "--batch", "8", *asked, "-o", f"{schedule}.json")
+    assert planned.code == 0, planned.err
+    files = ("--measured", f"{schedule}-run.json", "--trace", f"{schedule}-trace.json")
+    done = layerwise("run", f"{schedule}.json", "--steps", "3", "--warmup", "1", *files)
+    assert done.code == 0, done.err
+    assert "this is another machine" in done.err
+    lines = [line.strip() for line in done.out.splitlines()]
+    name, part = (f"{schedule}, 2 micro-batches", "micro-batch") if count > 1 else (schedule, "batch")
+    assert f"lenet5, batch 8, 2 ranks, {name}" in lines
+    assert f"Stages, predicted for local-2: seconds of a {part}, and of the end of the {unit}" in lines
+    assert lines[1].split() == [unit, "samples/s", "against", "measured"]
+    rows = [line for line in lines if "s " in line]
+    for start in ("predicted for 2xaccelerator-nvlink", "predicted for local-2", "measured", "0", "1"):
+        assert any(row.startswith(f"{start} ") for row in rows), done.out
+
+    plan = Plan.load(folder / f"{schedule}.json")
+    found = MeasuredPipeline.model_validate_json((folder / f"{schedule}-run.json").read_text())
+    assert (found.plan_sha256, found.num_ranks, len(found.steps_s)) == (plan.digest, 2, 3)
+    assert [stage.rank for stage in found.stages] == [0, 1]
+    assert all(min(stage.forward_s, stage.backward_s, stage.tail_s) > 0 for stage in found.stages)
+    trace = json.loads((folder / f"{schedule}-trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        spans = [e for e in trace if e["ph"] == "X" and e["pid"] == rank]
+        for phase in ("forward", "backward"):  # of every micro-batch one
+            assert sum(e["name"] == f"stage {rank} {phase}" for e in spans) == count
+        assert [e["name"] for e in spans].count("optimizer") == 1
+        assert sum(e["dur"] for e in spans) == pytest.approx(max(e["ts"] + e["dur"] for e in spans))
+
+    for name, said in ((schedule, "timed stage by stage"), ("plan", "with the seconds of stages and not of layers")):
+        refused = layerwise("calibrate", f"{name}.json", "--measured", f"{schedule}-run.json", "-o", "none.json")
+        assert refused.code == EXIT_USAGE
+        assert said in refused.error
+    assert not (folder / "none.json").exists()
+
+
+def test_a_pipeline_is_refused_by_another_number_of_ranks_and_by_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("lenet5", "--devices", "2", "--batch", "8", "--stages", "2", "--schedule", "gpipe")
+    assert layerwise("plan", *asked, "-o", "gpipe.json").code == 0
+    compared = layerwise("compare", *asked, "--measure")
+    assert (compared.code, compared.out) == (EXIT_USAGE, "")
+    assert "compare holds plans of one stage against each other" in compared.error
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    done = layerwise("run", "gpipe.json")
+    assert (done.code, done.out) == (EXIT_USAGE, "")
+    assert "for 2 ranks, but 3 are running" in done.error
 
 
 def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_not() -> None:

@@ -20,18 +20,23 @@ from planner.errors import RunError
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
 from planner.ir.split import LayerId
+from planner.plan import Plan
+from runtime import checkpoint
 from runtime.comm.groups import ProcessGroups
 from runtime.launch import Process
 from runtime.pipeline.build import Copy, Port
-from runtime.pipeline.cycles import PortLink
+from runtime.pipeline.cycles import CyclePipeline, PortLink
 from runtime.pipeline.stale import CycleStage, StalePipeline
 from support.loops import piece
-from support.pipeline_ranks import Skips
+from support.pipeline_ranks import Skips, error_of
 from support.pipelines import Stages, staged_plan
 from support.stale_oracle import simulate
 from support.stale_pipelines import Log, batches, furthest, loss_fn, net, running, sgd
 
 CPU = torch.device("cpu")
+BATCH = 8
+"""Samples of the planned pipelines' batches."""
+OPTIMIZER = partial(SGD, lr=0.05, momentum=0.9)
 MEASURED = (15, 39)
 """Steps of a long run behind which memory is looked at."""
 
@@ -43,6 +48,8 @@ def check(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         "off": against_the_oracle(process.rank, process.world_size, group),
         "bytes": long_run(process.rank, process.world_size, group),
         "planned": [planned(**case) for case in argument["plans"]],
+        "bare": saved_without_parameters(argument["folder"] + "bare") if process.world_size == 2 else None,
+        "resumed": resumed(argument["folder"], **argument["resumed"]),
     }
 
 
@@ -128,40 +135,101 @@ def long_run(rank: int, num_ranks: int, group: dist.ProcessGroup) -> dict[str, l
 
 def planned(meshes: list[list[int]], kind: str, pipelined: int | None) -> dict[str, Any]:
     """Return how far a planned pipeline is from one with a rank for each stage, in one process."""
-    steps, batch = 6, 8
+    data = staged_data(6)
+    alone = in_process(len(meshes), kind, pipelined)
+    expected = alone.run(data)
+    net = over_ranks(meshes, kind, pipelined)
+    losses = net.run(data)
+    worst = furthest_of(net, alone)
+    if losses:
+        worst["loss"] = float((torch.stack(losses) - torch.stack(expected)).abs().max())
+    return {"worst": max(worst.values()), "names": sorted(worst), "losses": len(losses)}
+
+
+def resumed(
+    folder: str, meshes: list[list[int]], onto: list[list[int]], kind: str, pipelined: int | None
+) -> dict[str, Any]:
+    """Save, load under other meshes and go on; return how far that is from draining at the same place."""
+    data, saved = staged_data(6), 3
+    alone = in_process(len(meshes), kind, pipelined)
+    expected = [alone.run(part) for part in (data[:saved], data[saved:])]
+    first, early = over_ranks(meshes, kind, pipelined), ""
+    for x, y in data[:saved]:
+        first.step(x, target=y)
+    if first.in_flight:
+        early = error_of(lambda: checkpoint.save(first, first.optimizer, folder, step=saved))
+    first.drain()
+    checkpoint.save(first, first.optimizer, folder, step=first.num_steps)
+    second = over_ranks(onto, kind, pipelined, blank=True)
+    second.num_steps = checkpoint.load(second, second.optimizer, folder).step
+    losses = second.run(data[saved:])
+    worst = furthest_of(second, alone)
+    if losses:
+        worst["loss"] = float((torch.stack(losses) - torch.stack(expected[1])).abs().max())
+    return {"worst": max(worst.values()), "names": sorted(worst), "early": early}
+
+
+def saved_without_parameters(folder: str) -> dict[str, bool]:
+    """Save and load a pipeline whose last stage has no parameters, and so no optimizer; return what came back here."""
+
+    def trained() -> CyclePipeline:
+        torch.manual_seed(4)
+        net = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+        plan = staged_plan(net, (3, 6, 6), BATCH, 1, ["2"], [(1,), (1,)], "stale")
+        return runtime.pipelined(net, plan, functional.cross_entropy, optimizer=OPTIMIZER)
+
+    first, second = trained(), trained()
+    first.run(staged_data(3))
+    checkpoint.save(first, first.optimizer, folder, step=3)
+    checkpoint.load(second, second.optimizer, folder)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    found = {"weights": all(torch.equal(a, b) for a, b in pairs), "has none": first.optimizer is None}
+    if first.optimizer is not None and second.optimizer is not None:
+        states = zip(first.optimizer.state.values(), second.optimizer.state.values(), strict=True)
+        found["momentum"] = all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in states)
+    return found
+
+
+def staged_data(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
-    data = [
+    return [
         (
-            torch.randn(batch, 3, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(10, (batch,), generator=generator),
+            torch.randn(BATCH, 3, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(10, (BATCH,), generator=generator),
         )
         for _ in range(steps)
     ]  # fmt: skip
-    optimizer = partial(SGD, lr=0.05, momentum=0.9)
 
-    def plan_on(sizes: list[list[int]], seed: int | None) -> Any:
-        return staged_plan(build(), (3, 6, 6), batch, 1, len(meshes), [tuple(s) for s in sizes], kind, seed)
 
-    alone = Stages(build, plan_on([[1]] * len(meshes), None))
-    modules = [each[0] for each in alone.modules]
-    reference = StalePipeline.in_process(
-        modules, [optimizer(m.parameters()) for m in modules], functional.cross_entropy, kind, pipelined  # type: ignore[arg-type]  # a mode
-    )  # fmt: skip
-    expected = reference.run(data)
-    whole = {n: t for m in modules for n, t in m.state_dict().items()}
+def plan_on(meshes: list[list[int]], kind: str, seed: int | None) -> Plan:
+    return staged_plan(build(), (3, 6, 6), BATCH, 1, len(meshes), [tuple(s) for s in meshes], kind, seed)
 
-    net = runtime.pipelined(
-        build(), plan_on(meshes, 3), functional.cross_entropy, optimizer=optimizer, pipelined_steps=pipelined
-    )
-    losses = net.run(data)
+
+def in_process(num_stages: int, kind: str, pipelined: int | None) -> StalePipeline:
+    stages = Stages(build, plan_on([[1]] * num_stages, kind, None))
+    modules = [each[0] for each in stages.modules]
+    optimizers = [OPTIMIZER(m.parameters()) for m in modules]
+    return StalePipeline.in_process(modules, optimizers, functional.cross_entropy, kind, pipelined)  # type: ignore[arg-type]  # a mode
+
+
+def over_ranks(meshes: list[list[int]], kind: str, pipelined: int | None, *, blank: bool = False) -> CyclePipeline:
+    net = build()
+    if blank:
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.detach().fill_(3)
+    loss = functional.cross_entropy
+    return runtime.pipelined(net, plan_on(meshes, kind, 3), loss, optimizer=OPTIMIZER, pipelined_steps=pipelined)
+
+
+def furthest_of(net: CyclePipeline, alone: StalePipeline) -> dict[str, float]:
+    """Return by name how far this rank's weights and buffers are off."""
+    whole = {n: t for stage in alone.stages for n, t in stage.module.state_dict().items()}
     (module,) = net.held_stages
     worst = {}
     for name, tensor in net.state_dict().items():
         want = piece(module, name, whole[name])
         worst[name] = float((tensor - want).abs().max() / max(float(want.abs().max()), 1e-3)) if want.numel() else 0.0
-    if losses:
-        worst["loss"] = float((torch.stack(losses) - torch.stack(expected)).abs().max())
-    return {"worst": max(worst.values()), "names": sorted(worst), "losses": len(losses)}
+    return worst
 
 
 def build() -> nn.Module:

@@ -1,10 +1,12 @@
 """The first round: a network as a chain of units, between which cuts may lie, priced by adding up layers."""
 
 import bisect
+import functools
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from planner.ir.mesh import Mesh
 from planner.ir.schedule import ScheduleKind
 from planner.ir.split import LayerId
 from planner.ir.stages import legal_cuts, without_redistribution
-from planner.search.stages import Cuts, Part, StageSpace, best_cuts, cycle_s, step_s
+from planner.search.stages import Cuts, Part, Seconds, StageSpace, best_cuts, cycle_s, step_s
 
 Figures = NDArray[np.float64]
 
@@ -51,6 +53,7 @@ class Chain:
     ends: tuple[int, ...]
     figures: dict[int, Figures]
     crossing: tuple[int, ...]
+    _kept: dict[int, dict[int, list[list[float]]]] = field(init=False, default_factory=dict, compare=False)
 
     @staticmethod
     def of(pieces: Pieces, kind: ScheduleKind, count: int) -> "Chain":
@@ -80,6 +83,10 @@ class Chain:
         )
         first = tuple(plain.layers[start].id for start in ends[:-1])
         return Chain(pieces, kind, count, first, ends, figures, crossing)
+
+    def of_kind(self, kind: ScheduleKind) -> "Chain":
+        """Return the chain for another schedule with as many micro-batches."""
+        return replace(self, kind=kind)
 
     @property
     def num_units(self) -> int:
@@ -113,7 +120,7 @@ class Chain:
             return found
         exact = asked if isinstance(asked, int) else None
 
-        def price(part: Part, behind: int, _count: int) -> float | None:
+        def price(part: Part, behind: int, _count: int) -> Seconds | None:
             first = part.first == 0
             if exact is not None and first and behind + 1 != exact:
                 return None
@@ -143,10 +150,11 @@ class Chain:
     def _best_interleaved(self, positions: int, devices: int) -> tuple[Cuts, ...]:
         count = VIRTUAL * positions
 
-        def price(part: Part, behind: int, _count: int) -> float | None:
+        def price(part: Part, behind: int, _count: int) -> Seconds | None:
             return self._price(part, devices // positions, behind, count)
 
-        return best_cuts(StageSpace(self.num_units, count, (1,), count), price, [self.count])
+        space = StageSpace(self.num_units, count, (1,), count)
+        return best_cuts(space, price, [self.count], objective=_interleaved_s)
 
     def _refuse(self, devices: int, asked: int | str) -> None:
         if isinstance(asked, int) and not 2 <= asked <= self.num_units:
@@ -202,23 +210,58 @@ class Chain:
         work = np.min([size * found[:, :2].sum(axis=1) for size, found in self.figures.items()], axis=0)
         return float(work.sum()) * self.count / devices
 
-    def _price(self, part: Part, size: int, behind: int, virtual: int | None) -> float | None:
+    def _price(self, part: Part, size: int, behind: int, virtual: int | None) -> Seconds | None:
         if virtual is None and self.pieces.mesh(part.first_device, size) is None:
             return None
-        rows = self.figures[size][self.ends[part.first] : self.ends[part.stop]]
-        forward_s, backward_s, tail_s, resident, saved = (float(x) for x in rows[:, :5].sum(axis=0))
-        transient = float(rows[:, 5].max())
-        received = self.crossing[part.first] / size
-        in_flight = self._in_flight(behind, virtual)
+        compute_s = self._computed(self._in_flight(behind, virtual))[size][part.first][part.stop]
+        if compute_s < 0:
+            return None
+        received_s = self._link_s(part.first, part.first_device - 1, size, virtual)
+        sent_s = self._link_s(part.stop, part.stop_device - 1, size, virtual)
+        tail_s = self._runs[size][part.first][part.stop][2] / self.count
+        return Seconds(compute_s + received_s + sent_s + tail_s, max(compute_s, received_s, sent_s) + tail_s)
+
+    @functools.cached_property
+    def _runs(self) -> dict[int, list[list[list[float]]]]:
+        """By number of devices, first unit and last unit + 1: what ``figures`` has of the layers of that run."""
+        found = {}
+        for size, rows in self.figures.items():
+            runs = np.zeros((self.num_units, self.num_units + 1, rows.shape[1]))
+            units = [rows[start:stop] for start, stop in itertools.pairwise(self.ends)]
+            sums, most = np.array([unit.sum(axis=0) for unit in units]), np.array([unit.max(axis=0) for unit in units])
+            for first in range(self.num_units):
+                runs[first, first + 1 :] = np.cumsum(sums[first:], axis=0)
+                runs[first, first + 1 :, 5] = np.maximum.accumulate(most[first:, 5])
+            found[size] = runs.tolist()
+        return found
+
+    def _computed(self, in_flight: int) -> dict[int, list[list[float]]]:
+        """Return forward and backward of the same runs, recomputing where memory is short; -1 where it does not help.
+
+        Args:
+            in_flight: micro-batches whose activations are held at once.
+        """
+        if in_flight not in self._kept:
+            self._kept[in_flight] = {size: self._with_memory(size, in_flight) for size in self.figures}
+        return self._kept[in_flight]
+
+    def _with_memory(self, size: int, in_flight: int) -> list[list[float]]:
+        forward_s, backward_s, _, resident, saved, transient = np.moveaxis(np.array(self._runs[size]), -1, 0)
+        received = np.array(self.crossing)[:, None] / size
         limit = self.pieces.planner.limit_bytes
-        needed = resident + transient + in_flight * (saved + received)
-        again_s = 0.0
-        if needed > limit:
-            if resident + transient + in_flight * received + saved > limit:
-                return None
-            again_s = forward_s
-        link_s = self._link_s(part, size, virtual)
-        return max(forward_s + backward_s + again_s, link_s) + tail_s / self.count
+        again = resident + transient + in_flight * (saved + received) > limit
+        never = resident + transient + in_flight * received + saved > limit
+        seconds = np.where(again, 2 * forward_s, forward_s) + backward_s
+        return cast("list[list[float]]", np.where(again & never, -1.0, seconds).tolist())
+
+    def same_prices(self, other: "Chain") -> bool:
+        """Return whether memory decides nothing in which the schedules of these chains differ: they are cut alike."""
+        if ScheduleKind.INTERLEAVED in {self.kind, other.kind} or self.count != other.count:
+            return False
+        if self.kind.is_synchronous != other.kind.is_synchronous:
+            return False
+        most = range(self._most_stages())
+        return all(self._computed(self._in_flight(b, None)) == other._computed(other._in_flight(b, None)) for b in most)
 
     def _in_flight(self, behind: int, virtual: int | None) -> int:
         if not self.kind.is_synchronous:
@@ -227,15 +270,32 @@ class Chain:
             return self.count
         return min(self.count, behind + 1 if virtual is None else virtual)
 
-    def _link_s(self, part: Part, size: int, virtual: int | None) -> float:
-        """Return what a stage waits for what it receives, between neighbouring devices."""
-        if part.first == 0:
+    def _link_s(self, unit: int, before: int, size: int, virtual: int | None) -> float:
+        """Return what a rank of a stage of so many devices sends or receives where a unit begins a stage.
+
+        Each of the ``size`` ranks has its share, so the smaller one of two neighbouring stages is the slower one.
+
+        Args:
+            unit: that begins a stage.
+            before: the last device of the stage in front of it.
+            size: devices of the stage that sends or receives.
+            virtual: stages of the interleaved schedule, where devices are stages, and positions come round again.
+        """
+        if not 0 < unit < self.num_units:
             return 0.0
-        here, before = part.first_device, part.first_device - 1
-        if virtual is not None:  # devices are stages, and positions come round again
+        here = before + 1
+        if virtual is not None:
             positions = virtual // VIRTUAL
             here, before = here % positions * size, before % positions * size
-        return self.pieces.pricer.messages_s({(before, here): self.crossing[part.first] // size})
+        return self.pieces.link_s(before, here, self.crossing[unit] // size)
+
+
+def _interleaved_s(sum_s: float, slowest_s: float, num_microbatches: int) -> float:
+    """Return the step of the interleaved schedule: a position does ``VIRTUAL`` stages of every micro-batch.
+
+    Of equal stages, what Megatron-LM's bubble says: (P - 1) / ``VIRTUAL`` micro-batches of a position, for P of them.
+    """
+    return sum_s / VIRTUAL + (VIRTUAL * num_microbatches - 1) * slowest_s
 
 
 def _sizes(pieces: Pieces) -> list[int]:

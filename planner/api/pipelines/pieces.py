@@ -36,6 +36,8 @@ class Pieces:
     planner: "Planner"
     _searched: dict[tuple[int, Key, Mesh], tuple[Search, CostTable, list[Planned]]] = field(default_factory=dict)
     _traced: dict[int, TracedModel] = field(default_factory=dict)
+    _meshes: dict[tuple[int, int], Mesh | None] = field(default_factory=dict)
+    _links_s: dict[tuple[int, int, int], float] = field(default_factory=dict)
 
     @functools.cached_property
     def pricer(self) -> StepPricer:
@@ -79,8 +81,20 @@ class Pieces:
             self._searched[place] = search, bare, planned
         return self._searched[place]
 
+    def link_s(self, source: int, target: int, num_bytes: int) -> float:
+        """Return what a message from one device to another takes."""
+        key = source, target, num_bytes
+        if key not in self._links_s:
+            self._links_s[key] = self.pricer.messages_s({(source, target): num_bytes})
+        return self._links_s[key]
+
     def mesh(self, first: int, count: int) -> Mesh | None:
         """Return the mesh of a run of devices: of one group of a level, or whole groups of it; None for another run."""
+        if (first, count) not in self._meshes:
+            self._meshes[first, count] = self._mesh(first, count)
+        return self._meshes[first, count]
+
+    def _mesh(self, first: int, count: int) -> Mesh | None:
         axes: list[MeshAxis] = []
         span = 1
         for level in reversed(self.planner.machine.graph.levels):

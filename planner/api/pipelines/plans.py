@@ -9,25 +9,11 @@ from planner.plan.schema import StageCostPart
 
 def pipelined(found: Pipeline) -> PipelinedPlan:
     """Return a pipeline as plain numbers."""
-    counts = len(found.stages), max(found.positions) + 1
-    synchronous = found.kind.is_synchronous
-    held = in_flight(found.kind, *counts, found.num_microbatches if synchronous else len(found.stages) * 4)
-    stale, versions = staleness(found.kind, counts[0]), weight_versions(found.kind, counts[0])
     stages = []
-    for s, stage in enumerate(found.stages):
-        times, planned = stage.times, stage.planned
+    for stage, cost in zip(found.stages, stage_costs(found), strict=True):
+        planned = stage.planned
         timeline = simulate(stage.table, planned.choice, planned.bucket_bytes)
-        again_s = times.forward_s if times.recompute else 0.0
-        cost = StageCostPart(
-            forward_s=times.forward_s,
-            backward_s=times.backward_input_s + times.backward_weight_s + again_s,
-            sent_bytes=round(found.links[s].forward_bytes) if s < len(found.links) else 0,
-            tail_s=times.sync_s + times.update_s,
-            bubble_share=min(max(found.timeline.bubbles[found.positions[s]], 0.0), 1.0),
-            staleness=stale[s], weight_versions=versions[s], num_in_flight=max(held[s], 1),
-            memory_bytes=found.timeline.memory_bytes[found.positions[s]],
-        )  # fmt: skip
-        stages.append(FoundStage(stage.table, planned.choice, timeline, cost, times.recompute))
+        stages.append(FoundStage(stage.table, planned.choice, timeline, cost, stage.times.recompute))
     largest = max(found.stages, key=lambda stage: stage.times.params_bytes)
     count = found.num_microbatches
     busy = [count * sum(x.timeline.source_s.values()) for x in stages]
@@ -40,3 +26,24 @@ def pipelined(found: Pipeline) -> PipelinedPlan:
         num_strategies=found.num_candidates, batch=found.traced.layers.batch * count,
         graph_sha256=found.traced.layers.digest,
     )  # fmt: skip
+
+
+def stage_costs(found: Pipeline) -> tuple[StageCostPart, ...]:
+    """Return the predicted numbers of every stage."""
+    counts = len(found.stages), max(found.positions) + 1
+    synchronous = found.kind.is_synchronous
+    held = in_flight(found.kind, *counts, found.num_microbatches if synchronous else len(found.stages) * 4)
+    stale, versions = staleness(found.kind, counts[0]), weight_versions(found.kind, counts[0])
+    costs = []
+    for s, times in enumerate(stage.times for stage in found.stages):
+        again_s = times.forward_s if times.recompute else 0.0
+        costs.append(StageCostPart(
+            forward_s=times.forward_s,
+            backward_s=times.backward_input_s + times.backward_weight_s + again_s,
+            sent_bytes=round(found.links[s].forward_bytes) if s < len(found.links) else 0,
+            tail_s=times.sync_s + times.update_s,
+            bubble_share=min(max(found.timeline.bubbles[found.positions[s]], 0.0), 1.0),
+            staleness=stale[s], weight_versions=versions[s], num_in_flight=max(held[s], 1),
+            memory_bytes=found.timeline.memory_bytes[found.positions[s]],
+        ))  # fmt: skip
+    return tuple(costs)

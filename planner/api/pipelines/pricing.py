@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 from planner.api.pipelines.pieces import Pieces
-from planner.api.pipelines.search import Stage, pipeline_of
+from planner.api.pipelines.search import Pipeline, Stage, pipeline_of
 from planner.cost.model import CostModel
-from planner.cost.pipeline import PipelineTimeline
 from planner.cost.simulate import simulate
 from planner.cost.stages import stage_times
 from planner.cost.table import CostTable
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from planner.api.planning import Planner
 
 
-def price_pipeline(plan: Plan, planner: "Planner") -> PipelineTimeline:
-    """Return the predicted step of a pipelined plan.
+def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
+    """Return a pipelined plan as a pipeline, simulated on the planner's machine.
 
     Args:
         plan: of several stages.
@@ -59,4 +58,4 @@ def price_pipeline(plan: Plan, planner: "Planner") -> PipelineTimeline:
         stages.append(Stage(Search(table, None), planned, times))
     positions = len({tuple(part.mesh.ranks) for part in plan.stages})
     kind, count = ScheduleKind(plan.schedule.kind), plan.schedule.num_microbatches
-    return pipeline_of(stages, kind, count, positions, pieces, traced).timeline
+    return pipeline_of(stages, kind, count, positions, pieces, traced)

@@ -9,6 +9,7 @@ second one has.
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -17,7 +18,7 @@ from planner.api.pipelines.chain import Chain
 from planner.api.pipelines.pieces import Pieces
 from planner.cost.pipeline import PipelineTimeline, StageLink, StageTimes, simulate_pipeline
 from planner.cost.stages import Crossing, stage_link, stage_times
-from planner.cost.table import CostTable
+from planner.cost.table import CostTable, collector_paused
 from planner.errors import InfeasibleError, UsageError
 from planner.frontend.lower import TracedModel
 from planner.ir.mesh import Mesh
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from planner.api.planning import Planner
 
 MAX_MICROBATCHES: Final = 64
+WHOLE_BATCH: Final = ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE
+"""What is tried of the synchronous kinds with one micro-batch, where the others are 1F1B, or have more to send."""
 REFINED: Final = 8
 """Ways to cut that are searched stage by stage, for every schedule."""
 
@@ -95,7 +98,8 @@ def best_pipeline(planner: "Planner") -> Pipeline:
         InfeasibleError: none fits in memory.
         UsageError: the options do not fit the batch or the network.
     """
-    return _Search(planner, Pieces(planner)).best()
+    with collector_paused():
+        return _Search(planner, Pieces(planner)).best()
 
 
 def pipeline_at(planner: "Planner", kind: ScheduleKind, starts: Sequence[LayerId], count: int = 1) -> Pipeline:
@@ -134,16 +138,19 @@ class _Search:
         candidates: list[tuple[float, ScheduleKind, int, Chain, Cuts]] = []
         bounds, num_ways = [], 0.0
         failure: InfeasibleError | None = None
-        for kind in kinds:
-            for count in counts if kind.is_synchronous else (1,):
+        for count in counts if any(kind.is_synchronous for kind in kinds) else (1,):
+            cut: list[tuple[Chain, tuple[Cuts, ...]]] = []
+            for kind in kinds if count > 1 or len(kinds) == 1 else WHOLE_BATCH:
                 if self._is_late() and candidates:
                     break
                 try:
-                    chain = Chain.of(self.pieces, kind, count)
-                    found = chain.best()
+                    chain = cut[0][0].of_kind(kind) if cut else Chain.of(self.pieces, kind, count)
+                    same = (ways for other, ways in cut if chain.same_prices(other))
+                    found = next(same, None) or chain.best()
                 except InfeasibleError as error:
                     failure = failure or error
                     continue
+                cut.append((chain, found))
                 candidates += [(cuts.cost_s, kind, count, chain, cuts) for cuts in found]
                 bounds.append(chain.least_s)
                 num_ways += chain.num_ways
@@ -151,10 +158,13 @@ class _Search:
             raise failure or InfeasibleError("no pipeline is possible: the network has no place to cut")
         candidates.sort(key=lambda each: each[0])
         refined: list[Pipeline] = []
-        for _, kind, count, chain, cuts in candidates[: REFINED * len(kinds)]:
+        number = Counter[ScheduleKind]()
+        for _, kind, count, chain, cuts in candidates:
             if self._is_late() and refined:
                 break
-            refined += self._refined(kind, count, chain, cuts)
+            number[kind] += 1
+            if number[kind] <= REFINED:
+                refined += self._refined(kind, count, chain, cuts)
         if not refined:
             raise InfeasibleError(
                 "no pipeline fits in memory, also where activations are computed again. Use more devices or a smaller "
@@ -169,7 +179,9 @@ class _Search:
         asked = self.planner.options.schedule
         if asked is not None:
             return (ScheduleKind(asked),)
-        return ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE, ScheduleKind.INTERLEAVED
+        return (
+            ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE, ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED,
+        )  # fmt: skip
 
     def _counts(self) -> tuple[int, ...]:
         """Return the numbers of micro-batches to try, most promising first."""
@@ -212,12 +224,17 @@ class _Search:
                 for each in options
             ]
             found.append(min(ways, key=lambda way: _work_s(way.times, count)))
-        for again in (False, True):
-            stages = [replace(s, times=replace(s.times, recompute=again and s.times.saved_bytes > 0)) for s in found]
-            pipeline = pipeline_of(stages, kind, count, num_positions, self.pieces, traced)
-            if pipeline.memory_bytes <= self.planner.limit_bytes:
-                yield pipeline
+        pipeline = pipeline_of(found, kind, count, num_positions, self.pieces, traced)
+        while pipeline.memory_bytes > self.planner.limit_bytes:
+            held = pipeline.timeline.memory_bytes
+            short = [s for s, at in enumerate(pipeline.positions) if held[at] > self.planner.limit_bytes]
+            left = [s for s in short if not found[s].times.recompute and found[s].times.saved_bytes > 0]
+            if len({pipeline.positions[s] for s in left}) < len({pipeline.positions[s] for s in short}):
                 return
+            for s in {pipeline.positions[s]: s for s in reversed(left)}.values():  # the first of each position
+                found[s] = replace(found[s], times=replace(found[s].times, recompute=True))
+            pipeline = pipeline_of(found, kind, count, num_positions, self.pieces, traced)
+        yield pipeline
 
 
 def pipeline_of(

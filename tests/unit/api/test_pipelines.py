@@ -169,3 +169,33 @@ def test_every_schedule_can_be_asked_for() -> None:
         assert plan.schedule.kind == kind.value
         assert len(plan.stages) == stages
         assert len({tuple(stage.mesh.ranks) for stage in plan.stages}) == 2
+
+
+@pytest.mark.parametrize("positions", [(0, 1, 1, 0), (0, 0, 1, 1)])
+def test_stages_that_do_not_go_round_their_positions_are_refused(positions: tuple[int, ...]) -> None:
+    plan = json.loads(planner_of(SLOW, stages=4, schedule="interleaved", microbatches=4).plan().to_json())
+    for stage, position in zip(plan["stages"], positions, strict=True):
+        stage["mesh"]["ranks"] = [position]
+    with pytest.raises(FormatError, match="same order"):
+        Plan.from_json(json.dumps(plan))
+
+
+def test_gpipe_is_taken_where_messages_hold_up_the_turns_of_1f1b() -> None:
+    options: dict[str, Any] = {"stages": "auto", "microbatches": 16}
+    found = best_pipeline(planner_of("4x1-t4-eth10", wide(), batch=128, **options))
+    alone = [
+        best_pipeline(planner_of("4x1-t4-eth10", wide(), batch=128, schedule=kind, **options)).timeline.step_s
+        for kind in ("gpipe", "1f1b", "zero-bubble")
+    ]
+    assert alone[0] < min(alone[1:])
+    assert found.timeline.step_s <= alone[0]
+
+
+def test_only_stages_that_memory_is_short_for_compute_again() -> None:
+    model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1) for i in range(10)))
+    options: dict[str, Any] = {"stages": 2, "schedule": "1f1b", "microbatches": 8}
+    free = best_pipeline(planner_of("2xa100-nvlink", model, batch=64, **options)).timeline.memory_bytes
+    found = best_pipeline(
+        planner_of("2xa100-nvlink", model, batch=64, memory_limit_bytes=(max(free) + min(free)) // 2, **options)
+    )
+    assert sum(stage.times.recompute for stage in found.stages) <= 1

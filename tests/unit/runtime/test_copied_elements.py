@@ -24,11 +24,14 @@ FREE = {"view", "_unsafe_view", "slice", "narrow", "split", "split_with_sizes", 
 
 
 class Counter(TorchDispatchMode):
-    """Counts the elements that operators of this thread read or write, while it is on."""
+    """Counts the elements that operators of this thread read or write, while it is on.
+
+    ``piece`` is where the tensor is that a step begins with.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements, self.is_on = 0, True
+        self.elements, self.is_on, self.piece = 0, True, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,6 +68,8 @@ class OtherRanks(SilentCommunicator):
     def exchange(
         self, buffer: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], axes: Axes
     ) -> torch.Tensor:
+        if buffer.numel() and buffer.untyped_storage().data_ptr() == self._counter.piece:
+            self._counter.elements += 2 * buffer.numel()  # priced as packed; a part that lies together is sent as is
         found: torch.Tensor = self._aside(super().exchange, buffer, send_counts, receive_counts, axes)
         return found
 
@@ -77,6 +82,7 @@ def counted(step: Step) -> int:
         runs = compile_steps(step.source, step.target, OtherRanks(step.source.mesh, position, counter), "x")
         assert len(runs) == 1
         x = torch.zeros(step.source.region(position).shape)
+        counter.piece = x.untyped_storage().data_ptr()
         with counter:
             runs[0](x)
         found.append(counter.elements)

@@ -101,3 +101,22 @@ def test_stages_one_behind_the_other_equal_one_device(name: str, meshes: list[tu
             assert relative(mine, own, floor) < TOLERANCE, tensor
             seen.add(tensor)
     assert seen == set(whole.state_dict())
+
+
+class Tied(nn.Module):
+    """Two convolutions of a later stage with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.two(self.one(self.stem(x)))
+        return out
+
+
+def test_every_name_of_a_tied_weight_is_in_its_stage_only() -> None:
+    stages = Stages(Tied, staged_plan(Tied(), (4, 6, 6), 2, 1, ["one"], [(1,), (1,)], seed=None))
+    names = [sorted(module.state_dict()) for (module,) in stages.modules]
+    assert names == [["stem.bias", "stem.weight"], ["one.bias", "one.weight", "two.bias", "two.weight"]]
