@@ -37,6 +37,10 @@ def plan(
     if output is not None:
         refuse_unwritable(output)
     found = prepared(asked, terminal, context.obj or "").plan()
+    if found.schedule.num_microbatches > 1 and found.sync_batch_norm:
+        terminal.err.print(
+            "note: batch norms, if there are any, take their statistics over each micro-batch (as GPipe)"
+        )
     if output is None:
         typer.echo(found.to_json(), nl=False)
         return

@@ -37,7 +37,7 @@ def show(
     if plan.is_pipelined:
         for sentence in pipelines.sentences(plan):
             terminal.out.print(sentence)
-    terminal.out.print(tables.bound_sentence(totals.step_s, bound_s))
+    terminal.out.print(tables.bound_sentence(totals.step_s, bound_s, "pipeline" if plan.is_pipelined else "strategy"))
     for sentence in tables.standing_sentences(rows, bound_s):
         terminal.out.print(sentence)
     terminal.out.print(tables.source_sentence(totals))

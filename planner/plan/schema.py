@@ -28,6 +28,7 @@ from planner.ir.tensor import DType
 SCHEMA_VERSION: Final = 1
 
 MAX_RANKS: Final = 65_536
+MAX_MICROBATCHES: Final = 65_536
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Bytes = Annotated[int, Field(ge=0, le=2**63)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -163,7 +164,7 @@ class SchedulePart(StrictModel):
     """
 
     kind: Literal["single", "gpipe", "1f1b", "interleaved", "zero-bubble", "stale", "pipedream"] = "single"
-    num_microbatches: Count = 1
+    num_microbatches: Annotated[int, Field(ge=1, le=MAX_MICROBATCHES)] = 1
 
 
 class TotalsPart(StrictModel):

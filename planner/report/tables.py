@@ -213,11 +213,11 @@ def _layers(title: str, stage: StagePart, grouped: bool) -> Table:
     return Table(title, ("layer", "operator", *axes, *figures), rows, num_text=2 + len(axes), spare=spare)
 
 
-def bound_sentence(step_s: float, lower_bound_s: float) -> str:
-    """Return what the bound says about better plans."""
+def bound_sentence(step_s: float, lower_bound_s: float, what: str = "strategy") -> str:
+    """Return what the bound says about better plans; ``what`` they are."""
     left = max(1 - lower_bound_s / step_s, 0.0) if step_s else 0.0
     return (
-        f"Bound: on the searched meshes no strategy has a predicted step below {format_seconds(lower_bound_s, 5)}; "
+        f"Bound: on the searched meshes no {what} has a predicted step below {format_seconds(lower_bound_s, 5)}; "
         + (f"a better plan could save at most {percent(left)}." if left > EQUAL else "this one reaches it.")
     )
 

@@ -44,6 +44,7 @@ class Chain:
         figures: by number of devices, of every layer: forward, backward, tail, resident and saved bytes, transient.
         ends: of every unit, where its layers begin, and at last where they end.
         crossing: of every unit, bytes that enter it from the one before.
+        work_s: of all devices for a micro-batch, at least: each layer on as many of them, and so split, as takes least.
     """
 
     pieces: Pieces
@@ -53,6 +54,7 @@ class Chain:
     ends: tuple[int, ...]
     figures: dict[int, Figures]
     crossing: tuple[int, ...]
+    work_s: float
     _kept: dict[int, dict[int, list[list[float]]]] = field(init=False, default_factory=dict, compare=False)
 
     @staticmethod
@@ -61,11 +63,15 @@ class Chain:
         graph = pieces.traced(count).layers
         plain = without_redistribution(graph)
         figures = {}
+        least: dict[int, Figures] = {}
         for size in _sizes(pieces):
             mesh = pieces.mesh(0, size)
             if mesh is not None:
                 found = pieces.searched(graph, (None, None), mesh, quick=True)
                 figures[size] = _figures(found[0].table, found[2][0].choice, plain)
+                every = found[0].table.layers
+                least[size] = np.array([min(c.forward_s + c.backward_s for c in costs) for costs in every])
+        work_s = float(np.min([size * each for size, each in least.items()], axis=0).sum())
         cuts = [plain.index[cut] for cut in legal_cuts(graph)]
         ends = _joined([0, *cuts, len(plain.layers)], figures[1][:, 0] + figures[1][:, 1])
         last_reader = {layer.id: i for i, layer in enumerate(plain.layers)}
@@ -82,7 +88,7 @@ class Chain:
             for start in ends[:-1]
         )
         first = tuple(plain.layers[start].id for start in ends[:-1])
-        return Chain(pieces, kind, count, first, ends, figures, crossing)
+        return Chain(pieces, kind, count, first, ends, figures, crossing, work_s)
 
     def of_kind(self, kind: ScheduleKind) -> "Chain":
         """Return the chain for another schedule with as many micro-batches."""
@@ -142,10 +148,10 @@ class Chain:
         return tuple(sorted(cheapest, key=lambda cuts: cuts.cost_s)[:CANDIDATES])
 
     def _used(self, devices: int, least: int) -> list[int]:
-        """Return numbers of devices to use, which are the first ones of the machine: all, and powers of two."""
+        """Return numbers of devices to use, the first of the machine: all, powers of two, and one for each stage."""
         if self.pieces.planner.options.all_devices:
             return [devices]
-        return [n for n in range(least, devices) if n & (n - 1) == 0] + [devices]
+        return sorted({n for n in range(least, devices) if n & (n - 1) == 0} | {min(least, devices), devices})
 
     def _best_interleaved(self, positions: int, devices: int) -> tuple[Cuts, ...]:
         count = VIRTUAL * positions
@@ -205,10 +211,8 @@ class Chain:
 
     @property
     def least_s(self) -> float:
-        """What no pipeline can be faster than: all devices always at work, as fast as any number of them works."""
-        devices = len(self.pieces.planner.machine.graph.devices)
-        work = np.min([size * found[:, :2].sum(axis=1) for size, found in self.figures.items()], axis=0)
-        return float(work.sum()) * self.count / devices
+        """What no pipeline can be faster than: all devices always at work."""
+        return self.work_s * self.count / len(self.pieces.planner.machine.graph.devices)
 
     def _price(self, part: Part, size: int, behind: int, virtual: int | None) -> Seconds | None:
         if virtual is None and self.pieces.mesh(part.first_device, size) is None:

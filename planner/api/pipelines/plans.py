@@ -1,7 +1,8 @@
 """A pipeline that was found, as plain numbers for the plan."""
 
 from planner.api.pipelines.search import Pipeline
-from planner.cost.simulate import simulate
+from planner.cost.simulate import Timeline, simulate
+from planner.cost.stages import without_tail
 from planner.ir.schedule import in_flight, staleness, weight_versions
 from planner.plan.build import FoundStage, PipelinedPlan
 from planner.plan.schema import StageCostPart
@@ -21,11 +22,20 @@ def pipelined(found: Pipeline) -> PipelinedPlan:
     return PipelinedPlan(
         stages, found.kind.value, count, largest.planned.bucket_bytes, found.timeline.step_s,
         compute_s=max(busy), source_s={k: count * v for k, v in slowest.timeline.source_s.items()},
-        sent_bytes=max(count * (x.timeline.communication_bytes + x.cost.sent_bytes) for x in stages),
+        sent_bytes=max(_sent_bytes(found, s, stage.timeline) for s, stage in enumerate(stages)),
         memory_bytes=found.memory_bytes, lower_bound_s=min(found.lower_bound_s, found.timeline.step_s),
         num_strategies=found.num_candidates, batch=found.traced.layers.batch * count,
         graph_sha256=found.traced.layers.digest,
     )  # fmt: skip
+
+
+def _sent_bytes(found: Pipeline, s: int, timeline: Timeline) -> float:
+    """Return what the busiest rank of a stage sends in a step: gradients are reduced once, the rest comes M times."""
+    stage = found.stages[s]
+    each = simulate(without_tail(stage.table), stage.planned.choice, stage.planned.bucket_bytes).communication_bytes
+    ahead = found.links[s].forward_bytes if s < len(found.links) else 0.0
+    back = found.links[s - 1].backward_bytes if s else 0.0
+    return found.num_microbatches * (each + ahead + back) + timeline.communication_bytes - each
 
 
 def stage_costs(found: Pipeline) -> tuple[StageCostPart, ...]:

@@ -50,7 +50,10 @@ def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
         table = CostTable.of(space, model)
         given = part.strategy()
         strategy = {layer: type(split).of(mesh, split.dimensions) for layer, split in given.items()}
-        choice = table.choice(strategy)
+        try:
+            choice = table.choice(strategy)
+        except ValueError as error:
+            raise UsageError(f"the plan cannot be priced here: {error}") from error
         times = stage_times(table, choice, plan.bucket_bytes, recompute=part.recompute)
         planned = Planned(
             "plan", choice, plan.bucket_bytes, simulate(table, choice, plan.bucket_bytes), Status.FEASIBLE, 0.0
