@@ -39,6 +39,7 @@ AUTO, ONE_STAGE, GPIPE = "planned, stages auto", "planned, one stage", "GPipe"
 _OPTIONS: Final = {"sync_batch_norm": False, "all_devices": False}
 CASES: Final = {
     "resnet50": Case("resnet50", 32, (3, 64, 64), options=_OPTIONS),
+    "resnet50-112": Case("resnet50", 32, (3, 112, 112), options=_OPTIONS),
     "vgg16": Case("vgg16", 16, (3, 64, 64), options=_OPTIONS),
     "resnet18": Case("resnet18", 32, (3, 64, 64), options=_OPTIONS),
 }
@@ -159,7 +160,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the table: seconds of a step, and by which factor the pipeline is faster."""
     yield (
-        f"{'network':10}{'rate':9}{'way':24}{'schedule':13}{'stages':8}{'predicted':>10}{'median':>10}{'off':>7}"
+        f"{'network':14}{'rate':9}{'way':24}{'schedule':16}{'stages':8}{'predicted':>10}{'median':>10}{'off':>7}"
         f"{'iqr':>9}{'/ auto':>8}  95 %"
     )
     for row in rows:
@@ -167,7 +168,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         off = f"{row.predicted_s / row.median_s - 1:+7.0%}" if row.predicted_s else f"{'':7}"
         schedule = f"{row.schedule} x{row.microbatches}" if row.schedule else ""
         yield (
-            f"{row.network:10}{row.rate:9}{row.way:24}{schedule:13}{row.stages:8}{predicted}{row.median_s:8.3f} s{off}"
+            f"{row.network:14}{row.rate:9}{row.way:24}{schedule:16}{row.stages:8}{predicted}{row.median_s:8.3f} s{off}"
             f"{row.iqr_s:7.3f} s{row.times_planned:8.2f}  {row.low:.2f} to {row.high:.2f}, {row.rounds} rounds"
         )
 

@@ -127,6 +127,21 @@ def pipeline_at(planner: "Planner", kind: ScheduleKind, starts: Sequence[LayerId
     raise InfeasibleError("these stages do not fit in memory, also where activations are computed again")
 
 
+_Candidate = tuple[float, ScheduleKind, int, Chain, Cuts]
+"""A way to cut by its price, with its schedule, micro-batches and chain."""
+
+
+def _in_turn(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Return candidates by price, but the best for every schedule and number of micro-batches in front of all others.
+
+    Prices of the first round leave out what grows with the number of micro-batches, such as waiting for messages.
+    """
+    ranked = sorted(candidates, key=lambda each: each[0])
+    best = {(kind, count): i for i, (_, kind, count, _, _) in reversed(list(enumerate(ranked)))}
+    first = set(best.values())
+    return [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: (i not in first, i))]
+
+
 @dataclass
 class _Search:
     planner: "Planner"
@@ -135,7 +150,7 @@ class _Search:
 
     def best(self) -> Pipeline:
         kinds, counts = self._kinds(), self._counts()
-        candidates: list[tuple[float, ScheduleKind, int, Chain, Cuts]] = []
+        candidates: list[_Candidate] = []
         bounds, num_ways = [], 0.0
         failure: InfeasibleError | None = None
         for count in counts if any(kind.is_synchronous for kind in kinds) else (1,):
@@ -156,10 +171,9 @@ class _Search:
                 num_ways += chain.num_ways
         if not candidates:
             raise failure or InfeasibleError("no pipeline is possible: the network has no place to cut")
-        candidates.sort(key=lambda each: each[0])
         refined: list[Pipeline] = []
         number = Counter[ScheduleKind]()
-        for _, kind, count, chain, cuts in candidates:
+        for _, kind, count, chain, cuts in _in_turn(candidates):
             if self._is_late() and refined:
                 break
             number[kind] += 1
