@@ -1,6 +1,7 @@
 """What ``coverage.py`` does with one model: build, trace, count, run again, plan; in a process of its own."""
 
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -30,6 +31,8 @@ OK = "ok"
 TOLERANCE = 1e-3  # of outputs, relative to their largest: the same operators in the same order, in fp32
 REAL_BATCH = 2
 POLL_S = 0.2
+OUT_OF_MEMORY = 77
+"""Exit code of a process that says so."""
 MIB = 2**20
 
 
@@ -283,7 +286,12 @@ def _run(connection: Connection, case: C, settings: Settings, kind: Kind[C, R]) 
     torch.set_num_threads(1)
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + settings.memory_bytes,) * 2)
-    kind.trial(case, settings, partial(Connection.send, connection))
+    try:
+        kind.trial(case, settings, partial(Connection.send, connection))
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            os._exit(OUT_OF_MEMORY)  # there may be too little left for a traceback
+        raise
 
 
 def _ended(ended: _Running[R], settings: Settings) -> R:
@@ -291,6 +299,8 @@ def _ended(ended: _Running[R], settings: Settings) -> R:
     row, code = ended.row, ended.process.exitcode or 0
     if ended.is_late:
         how = f"timeout after {settings.timeout_s:g} s"
+    elif code == OUT_OF_MEMORY:
+        how = "ran out of memory"
     elif code:
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     else:

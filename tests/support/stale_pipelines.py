@@ -1,5 +1,7 @@
 """A small network in stages and its training in cycles, on one process or on gloo."""
 
+import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -36,6 +38,17 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
         )
         for _ in range(count)
     ]
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors in memory; those without any, which tracing leaves behind, do not count."""
+    gc.collect()
+    total = 0
+    for found in gc.get_objects():
+        if type(found) is Tensor or type(found) is nn.Parameter:
+            with contextlib.suppress(RuntimeError):  # its sizes are symbols
+                total += found.nbytes if found.device.type != "meta" else 0
+    return total
 
 
 def sgd(module: nn.Module) -> SGD | None:

@@ -1,6 +1,5 @@
 """What the ranks of ``tests/distributed/test_stale_pipelines.py`` run."""
 
-import gc
 import os
 import socket
 import time
@@ -31,7 +30,7 @@ from support.loops import piece
 from support.pipeline_ranks import Skips, error_of
 from support.pipelines import Stages, staged_plan
 from support.stale_oracle import simulate
-from support.stale_pipelines import Log, batches, furthest, loss_fn, net, running, sgd
+from support.stale_pipelines import Log, batches, furthest, live_bytes, loss_fn, net, running, sgd
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -124,8 +123,7 @@ def long_run(rank: int, num_ranks: int, group: dist.ProcessGroup) -> dict[str, l
         for k, (x, y) in enumerate(data):
             trained.step(x, y)
             if k in MEASURED:
-                gc.collect()
-                sizes.append(sum(t.nbytes for t in gc.get_objects() if issubclass(type(t), torch.Tensor)))
+                sizes.append(live_bytes())
         trained.drain()
     return found
 

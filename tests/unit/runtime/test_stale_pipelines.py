@@ -1,7 +1,6 @@
 """Pipelines in cycles with all stages in this process, against plain loops over weights as values."""
 
 import copy
-import gc
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from planner.errors import UsageError
 from runtime.pipeline.links import MemoryLink
 from runtime.pipeline.stale import CycleStage, StalePipeline
 from support.stale_oracle import simulate
-from support.stale_pipelines import Log, batches, furthest, loss_fn, net, running, sgd
+from support.stale_pipelines import Log, batches, furthest, live_bytes, loss_fn, net, running, sgd
 
 CLOSE = 1e-12
 
@@ -132,12 +131,6 @@ def test_evaluation_is_that_of_the_whole_model() -> None:
 # ---- memory
 
 
-def live() -> int:
-    """Return the bytes of all tensors."""
-    gc.collect()
-    return sum(t.nbytes for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
-
-
 @pytest.mark.parametrize("mode", ["stale", "pipedream"])
 def test_memory_stays_constant_in_a_long_run(mode: Any) -> None:
     stages = net(3)
@@ -147,7 +140,7 @@ def test_memory_stays_constant_in_a_long_run(mode: Any) -> None:
     for k, (x, y) in enumerate(batches(40)):
         trained.step(x, y)
         if k in {7, 20, 39}:
-            sizes[k] = live()
+            sizes[k] = live_bytes()
     assert len(set(sizes.values())) == 1
     assert [stage.in_flight for stage in trained.stages] == [4, 2, 0]  # 2 (K - i) between cycles
 
@@ -161,9 +154,9 @@ def test_stashed_are_the_weights_that_backward_reads_once_for_each_batch_in_flig
             stage.optimizer = sgd(stage.module)
         for x, y in data:
             trained.step(x, y)
-        before = live()
+        before = live_bytes()
         del trained, stage
-        sizes[mode] = before - live()
+        sizes[mode] = before - live_bytes()
     weights = [sum(p.nbytes for n, p in stage.named_parameters() if n.endswith("weight")) for stage in stages]
     assert sizes["pipedream"] - sizes["stale"] == 4 * weights[0] + 2 * weights[1]
 
