@@ -9,12 +9,11 @@ the file. Needs root and iproute2, and a machine that has nothing else to do.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +28,8 @@ from examples.benchmarks.on_hosts import (
     ratio,
     ratio_interval,
 )
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.errors import LayerwiseError
-from planner.ir.canonical import write_atomically
 from planner.plan import Plan
 from planner.report import pipelines
 
@@ -89,12 +88,12 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the file, measure nothing")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="CSV file")
     arguments = parser.parse_args()
-    rows = read(arguments.output)
+    rows = read_rows(arguments.output, Row)
     try:
         for network in [] if arguments.show else arguments.networks:
             found = measured(network, arguments.rate, arguments.rounds, arguments.budget)
             rows = [row for row in rows if row.cell != found[0].cell] + found
-            write(arguments.output, rows)
+            write_rows(arguments.output, rows, Row)
     except LayerwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -138,23 +137,6 @@ def _row(
         network, case.batch, case.size, rate, way, schedule, count, stages, predicted_s, statistics.median(mine),
         iqr(mine), ratio(mine, samples[AUTO]), low, high, len(mine),
     )  # fmt: skip
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows of the file; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write the rows."""
-    texts = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in dataclasses.astuple(row)] for row in rows]
-    names = [field.name for field in dataclasses.fields(Row)]
-    quoted = [[f'"{text}"' if "," in text else text for text in line] for line in [names, *texts]]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in quoted))
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

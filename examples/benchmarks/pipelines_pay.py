@@ -10,7 +10,6 @@ samples. Layers are priced by data sheets.
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import sys
@@ -19,11 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.api import Options, Origin, Planner, example_inputs, machine_of, prepare
 from planner.api.pipelines import Pipeline, best_pipeline
 from planner.errors import InfeasibleError, LayerwiseError
 from planner.frontend.source import load_model
-from planner.ir.canonical import write_atomically
 from planner.search.auto import Planned
 from planner.units import format_seconds
 
@@ -81,7 +80,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the file, plan nothing")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="CSV file")
     arguments = parser.parse_args()
-    rows = read(arguments.output)
+    rows = read_rows(arguments.output, Row)
     pairs = [] if arguments.show else itertools.product(arguments.clusters, arguments.networks)
     cells = [(cluster, network, batch) for cluster, network in pairs for batch in NETWORKS[network]]
     try:
@@ -145,15 +144,6 @@ def pipeline(planner: Planner) -> Pipeline | None:
         return None
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of the file; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows, those of shipped clusters in the order of the tables."""
 
@@ -161,10 +151,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         order = CLUSTERS.index(row.cluster) if row.cluster in CLUSTERS else len(CLUSTERS)
         return order, row.cluster, list(NETWORKS).index(row.network), row.batch
 
-    texts = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in dataclasses.astuple(row)] for row in
-             sorted(rows, key=place)]  # fmt: skip
-    names = [field.name for field in dataclasses.fields(Row)]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in [names, *texts]))
+    write_rows(path, sorted(rows, key=place), Row)
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

@@ -10,7 +10,6 @@ own statistics, and so does ``planned``; ``planned, synchronised`` takes those o
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from examples.benchmarks.contenders import ALONE, DDP, FSDP, TP, UNDISTURBED
 from examples.benchmarks.on_hosts import Case, iqr, plan_with, planner_on_hosts, raced, ratio, ratio_interval
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.api import Planner
 from planner.errors import LayerwiseError
 from planner.ir import ops as ir
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the file, measure nothing")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="CSV file")
     arguments = parser.parse_args()
-    rows = read(arguments.output)
+    rows = read_rows(arguments.output, Row)
     try:
         for network in [] if arguments.show else arguments.models:
             rates = [r for r in arguments.rates if arguments.again or (network, r) not in {row.cell for row in rows}]
@@ -146,25 +146,10 @@ def _row(network: str, rate: str, way: str, plan: Plan | None, samples: dict[str
     )  # fmt: skip
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of the file; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows, in the order of the tables."""
     networks, rates = list(CASES), list(RATES)
-    temporary = path.with_suffix(".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: (networks.index(row.network), rates.index(row.rate))):
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()})
-    temporary.replace(path)
+    write_rows(path, sorted(rows, key=lambda row: (networks.index(row.network), rates.index(row.rate))), Row)
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

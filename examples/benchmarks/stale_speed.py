@@ -10,21 +10,20 @@ third of the layers, and in micro-batches with the planner's cut. Appends to a C
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from examples.benchmarks.contenders import ALONE, UNDISTURBED
 from examples.benchmarks.on_hosts import Case, iqr, one_device, plan_with, planner_of, raced, ratio, ratio_interval
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.api import Planner
 from planner.api.pipelines import pipeline_at
 from planner.errors import LayerwiseError
-from planner.ir.canonical import write_atomically
 from planner.ir.dimension import Dimension
 from planner.ir.schedule import ScheduleKind
 from planner.ir.stages import legal_cuts
@@ -78,12 +77,12 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the file, measure nothing")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="CSV file")
     arguments = parser.parse_args()
-    rows = read(arguments.output)
+    rows = read_rows(arguments.output, Row)
     try:
         for network in [] if arguments.show else arguments.networks:
             found = measured(network, arguments.rounds, arguments.steps, arguments.budget)
             rows = [row for row in rows if row.network != network] + found
-            write(arguments.output, rows)
+            write_rows(arguments.output, rows, Row)
     except LayerwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -134,23 +133,6 @@ def _row(network: str, way: str, plan: Plan | None, predicted_s: float, samples:
         network, CASES[network].batch, way, count, cut, predicted_s, statistics.median(mine), iqr(mine), faster, low,
         high, published, len(mine),
     )  # fmt: skip
-
-
-def read(path: Path) -> list[Row]:
-    """Return the rows of the file; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write the rows."""
-    texts = [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in dataclasses.astuple(row)] for row in rows]
-    names = [field.name for field in dataclasses.fields(Row)]
-    quoted = [[f'"{text}"' if "," in text else text for text in line] for line in [names, *texts]]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in quoted))
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

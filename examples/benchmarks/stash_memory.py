@@ -11,7 +11,6 @@ weights are enough, which is what runs here. Appends to a CSV file; ``--show`` p
 """
 
 import argparse
-import csv
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +19,11 @@ from typing import Any, Final
 
 from examples.benchmarks.contenders import pipelined_step
 from examples.benchmarks.on_hosts import one_device
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.api import Options, Origin, Planner, example_inputs, machine_of, prepare
 from planner.api.pipelines import pipeline_at
 from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
-from planner.ir.canonical import write_atomically
 from planner.ir.graph import LayerGraph, is_boundary
 from planner.ir.ops import Conv, Linear
 from planner.ir.schedule import ScheduleKind
@@ -106,7 +105,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the table of the file, measure nothing")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, help="CSV file")
     arguments = parser.parse_args()
-    rows = read(arguments.output)
+    rows = read_rows(arguments.output, Row)
     try:
         for network in [] if arguments.show else arguments.networks:
             found = list(measured(network))
@@ -187,21 +186,9 @@ def train(argument: dict[str, Any], process: Process) -> int:
     return allocated_peak(make, CYCLES).num_bytes
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of the file; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    with path.open(newline="") as file:
-        return [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Write the rows, in the paper's order."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    ordered = sorted(rows, key=lambda row: list(CASES).index(row.network))
-    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in dataclasses.astuple(row)] for row in ordered]
-    write_atomically(path, "".join(",".join(line) + "\n" for line in [names, *texts]))
+    write_rows(path, sorted(rows, key=lambda row: list(CASES).index(row.network)), Row)
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
