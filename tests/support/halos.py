@@ -1,9 +1,10 @@
 """Small convolutional networks cut in space, against one device, in float64."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from support.equality import own_parts, run_ranks
 from support.random_plans import DIMENSIONS, plan_with
 
 TOLERANCE = 1e-12
+
+VOLUME: Final = 128 if os.environ.get("LAYERWISE_FULL") else 64
+"""Of CosmoFlow."""
 
 
 class TwoSizes(nn.Module):
@@ -106,7 +110,8 @@ NETWORKS = {
         network=lambda: imagenet_resnet(Bottleneck, (3, 4, 6, 3), width=0.0625, num_classes=5), tolerance=1e-8,
     ),
     "cosmoflow": Case(
-        (2, 4, 64, 64, 64), "gpu=2x2", ("sample", "depth"), network=lambda: _certain(cosmoflow(0.0625, size=64)),
+        (2, 4, VOLUME, VOLUME, VOLUME), "gpu=2x2", ("sample", "depth"),
+        network=lambda: _certain(cosmoflow(0.0625, size=VOLUME)),
         tolerance=1e-9,
     ),
     "unet3d": Case(
