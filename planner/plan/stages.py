@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from planner.errors import MismatchError
-from planner.ir.graph import LayerGraph, is_boundary
+from planner.ir.graph import LayerGraph
 from planner.ir.ops import Input, Receive
 from planner.ir.rules import default_io
 from planner.ir.split import LayerId
@@ -88,8 +88,3 @@ def _stage_plan(plan: Plan, s: int, graph: LayerGraph) -> Plan:
     return plan.model_copy(update={
         "model": model, "batch": plan.microbatch, "io": io.value, "schedule": SchedulePart(), "stages": [stage],
     })  # fmt: skip
-
-
-def computed_layers(graph: LayerGraph) -> tuple[LayerId, ...]:
-    """Return the layers of a stage that compute something."""
-    return tuple(layer.id for layer in graph.layers if not is_boundary(layer.op))

@@ -1,6 +1,7 @@
 """Stages as networks of their own: traced at micro-batch size, searched on a mesh of their own, each once."""
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,14 @@ from planner.cost.table import CostTable
 from planner.cost.transfer import StepPricer
 from planner.devices.route import Router
 from planner.frontend.lower import TracedModel
+from planner.ir.dimension import Dimension
 from planner.ir.graph import LayerGraph
 from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.rules import default_io
 from planner.ir.split import LayerId
 from planner.search.auto import Planned, Search
 from planner.search.problem import Limits
+from planner.space.constraints import NO_CONSTRAINTS, Constraints
 from planner.space.enumerate import enumerate_splits
 
 if TYPE_CHECKING:
@@ -67,12 +70,7 @@ class Pieces:
         place = graph.batch, key, mesh
         if place not in self._searched:
             options, limits = self.planner.options, Limits(self.planner.options.time_limit_s)
-            model = CostModel.of(
-                graph, self.planner.machine.graph, mesh, self.planner.machine.profile, self.planner.settings
-            )
-            io = default_io(graph.batch, mesh.size)
-            space = enumerate_splits(graph, mesh, io, self.planner.dimensions, options.constraints)
-            table = CostTable.of(space, model)
+            table = self.table(graph, mesh, self.planner.dimensions, options.constraints)
             bare = without_tail(table)
             search = Search(table, None, limits)
             planned = [Search(bare, None, limits).solve("dp")]
@@ -80,6 +78,19 @@ class Pieces:
                 planned += [search.solve("auto" if mesh.size > 1 else "dp")]
             self._searched[place] = search, bare, planned
         return self._searched[place]
+
+    def table(
+        self,
+        graph: LayerGraph,
+        mesh: Mesh,
+        dimensions: Collection[Dimension],
+        constraints: Constraints = NO_CONSTRAINTS,
+    ) -> CostTable:
+        """Return the priced search space of a stage on its mesh."""
+        planner = self.planner
+        model = CostModel.of(graph, planner.machine.graph, mesh, planner.machine.profile, planner.settings)
+        io = default_io(graph.batch, mesh.size)
+        return CostTable.of(enumerate_splits(graph, mesh, io, dimensions, constraints), model)
 
     def link_s(self, source: int, target: int, num_bytes: int) -> float:
         """Return what a message from one device to another takes."""

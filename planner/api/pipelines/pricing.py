@@ -4,19 +4,15 @@ from typing import TYPE_CHECKING
 
 from planner.api.pipelines.pieces import Pieces
 from planner.api.pipelines.search import Pipeline, Stage, pipeline_of
-from planner.cost.model import CostModel
 from planner.cost.simulate import simulate
 from planner.cost.stages import stage_times
-from planner.cost.table import CostTable
 from planner.errors import UsageError
 from planner.ir.dimension import Dimension
-from planner.ir.rules import default_io
 from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from planner.plan.stages import graphs_of
 from planner.search.auto import Planned, Search
 from planner.search.problem import Status
-from planner.space.enumerate import enumerate_splits
 
 if TYPE_CHECKING:
     from planner.api.planning import Planner
@@ -45,9 +41,7 @@ def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
                 f"a stage of the plan on ranks {part.mesh.ranks} cannot be laid over {machine.graph.name}, whose "
                 "levels are " + " x ".join(f"{level.name}={level.size}" for level in machine.graph.levels)
             )
-        model = CostModel.of(graph, machine.graph, mesh, machine.profile, planner.settings)
-        space = enumerate_splits(graph, mesh, default_io(graph.batch, mesh.size), frozenset(Dimension))
-        table = CostTable.of(space, model)
+        table = pieces.table(graph, mesh, frozenset(Dimension))
         given = part.strategy()
         strategy = {layer: type(split).of(mesh, split.dimensions) for layer, split in given.items()}
         try:
