@@ -18,6 +18,8 @@ GIB: Final = 2**30
 GB: Final = 1e9
 TERA: Final = 1e12
 
+LARGEST: Final = 1e18
+"""Of any figure with a unit, in bytes, seconds or bits per second."""
 _SIZES: Final = {
     "": 1, "b": 1,
     "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
@@ -36,7 +38,10 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)(?:/s)?\s*", text)
     if match is None or match[2].lower() not in units:
         raise UsageError(f"{what} {text!r} is not a number with a unit, such as {example}")
-    return float(match[1]) * units[match[2].lower()]
+    value = float(match[1]) * units[match[2].lower()]
+    if value > LARGEST:
+        raise UsageError(f"{what} {text!r} is too large")
+    return value
 
 
 def parse_bytes(text: str) -> int:
@@ -56,6 +61,24 @@ def parse_seconds(text: str) -> float:
 def parse_bit_rate(text: str) -> float:
     """Return the bytes per second of a link rate such as ``1gbit`` or ``200Mbit/s``."""
     return _parse(text, _RATES, "link rate", "1gbit or 200mbit") / 8
+
+
+def parse_bit_rates(text: str) -> tuple[float, ...]:
+    """Return the bytes per second of link rates such as ``1,10,100Gbit``; one without a unit has that of the next."""
+    rates: list[float] = []
+    unit = ""
+    for part in reversed(text.split(",")):
+        found = re.fullmatch(r"(.*?[0-9.])\s*([A-Za-z]*(?:/s)?)\s*", part)
+        number, unit = (found[1], found[2] or unit) if found else (part, "")
+        rates.append(parse_bit_rate(number + unit))
+    return tuple(reversed(rates))
+
+
+def format_bit_rate(bytes_per_s: float) -> str:
+    """Return a link rate as text, three significant digits."""
+    value = bytes_per_s * 8
+    unit, size = next((pair for pair in (("Gbit/s", 1e9), ("Mbit/s", 1e6)) if value >= pair[1]), ("kbit/s", 1e3))
+    return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
 
 
 def format_bytes(value: float) -> str:

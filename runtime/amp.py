@@ -5,6 +5,17 @@ from typing import Any
 import torch
 
 from runtime.module import ParallelModule
+from runtime.pipeline.holding import HeldStages, PipelinedStages
+
+
+class _Nothing:
+    """Stands for the optimizer of a rank that has no parameters."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+    def step(self) -> None:
+        """Update nothing."""
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -17,14 +28,24 @@ class GradScaler(torch.amp.GradScaler):
     ``scaler.step(optimizer)``, ``scaler.update()``; every rank makes the same calls.
 
     Args:
-        net: the parallel module that is trained.
+        net: the parallel module that is trained, or the pipeline: ``net.step(..., scale=scaler.scale)``. On a rank
+            whose stages have no parameters, and so no optimizer, ``step`` and ``unscale_`` get None.
         options: those of ``torch.amp.GradScaler``; ``device`` is that of the module unless given.
     """
 
-    def __init__(self, net: ParallelModule, **options: Any) -> None:
-        device = next(net.parameters()).device
+    def __init__(self, net: ParallelModule | HeldStages, **options: Any) -> None:
+        device = net.device if isinstance(net, PipelinedStages) else next(net.parameters()).device
         super().__init__(**{"device": device.type, **options})
         self._net, self._place = net, device
+        self._nothing: Any = _Nothing()
+
+    def step(self, optimizer: torch.optim.Optimizer | None, *args: Any, **kwargs: Any) -> float | None:
+        """Step, unless a gradient of any rank overflowed; as of torch's."""
+        return super().step(self._nothing if optimizer is None else optimizer, *args, **kwargs)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Divide gradients by the scale; as of torch's."""
+        super().unscale_(self._nothing if optimizer is None else optimizer)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from planner.errors import MismatchError, UsageError
 from planner.ir.dimension import Dimension
-from planner.ir.layout import Layout
+from planner.ir.layout import Layout, piece_weights
 from planner.ir.region import Region
 from planner.ir.rules import InputOutput, io_layout
 from planner.ir.split import Split
@@ -54,12 +54,13 @@ def _first(plan: Plan, layouts: dict[str, Layout]) -> Layout:
 
 
 def smallest_batch(plan: Plan) -> int:
-    """Return the fewest samples of which no rank and no layer of a plan gets an empty piece."""
-    sizes = plan.mesh.shape
+    """Return a number of samples from which on no rank and no layer of a plan gets an empty piece."""
     found = 1
     for split in plan.strategy.values():
-        parts = [size for size, d in zip(sizes, split.dimensions, strict=True) if d is Dimension.SAMPLE]
-        found = max(found, int(np.prod(parts)) if parts else 1)
+        shares = split.weights or (None,) * len(plan.mesh.axes)
+        cut = [k for k, d in enumerate(split.dimensions) if d is Dimension.SAMPLE]
+        weights = piece_weights(tuple(plan.mesh.shape[k] for k in cut), tuple(shares[k] for k in cut))
+        found = max(found, -(-sum(weights) // min(weights)))
     return found
 
 
@@ -254,8 +255,9 @@ class _Regions:
         if shape is None:
             roles = ()
             dims = tuple(d if d is Dimension.SAMPLE else Dimension.REPLICATE for d in split.dimensions)
-            spec, split = TensorSpec((batch,), roles=(Dimension.SAMPLE,)), Split.of(self.plan.mesh, dims)
-            return io_layout(spec, self.plan.mesh, split)
+            cut = {axis: own for axis, own in split.shares if dict(split.axes)[axis] is Dimension.SAMPLE}
+            spec = TensorSpec((batch,), roles=(Dimension.SAMPLE,))
+            return io_layout(spec, self.plan.mesh, Split.of(self.plan.mesh, dims).with_shares(cut))
         if len(roles) != len(shape):
             raise MismatchError(f"target {k} of a sample has shape {shape}, but its dimensions are said to be {roles}")
         try:

@@ -18,9 +18,9 @@ from planner.errors import UsageError
 from planner.frontend.lower import TracedModel
 from planner.frontend.trace import attribute
 from planner.ir.dimension import Dimension
-from planner.ir.graph import Layer, is_boundary
+from planner.ir.graph import Layer, is_pinned
 from planner.ir.layout import Layout, Whole
-from planner.ir.rules import InputOutput, io_splits, is_legal, layouts, legal_splits
+from planner.ir.rules import InputOutput, io_splits, is_io_legal, is_legal, layouts, legal_splits
 from planner.ir.split import LayerId, Split, Strategy
 from planner.plan.schema import CostPart, LayerPart, Plan
 from runtime.lowering.lower import Lowered, Lowering
@@ -67,10 +67,14 @@ def evaluation_plan(traced: TracedModel, plan: Plan) -> Plan:
     """
     assert isinstance(traced.evaluation, TracedModel)
     strategy = dict(_strategy(traced, traced.evaluation, plan))
-    parts = [
-        LayerPart(id=layer.id, op=layer.op.kind, split=dict(strategy[layer.id].axes), cost=_NO_COST, memory_bytes=0)
-        for layer in traced.evaluation.layers.layers
-    ]
+    parts = []
+    for layer in traced.evaluation.layers.layers:
+        split = strategy[layer.id]
+        shares = {axis: list(own) for axis, own in split.shares}
+        part = LayerPart(
+            id=layer.id, op=layer.op.kind, split=dict(split.axes), shares=shares, cost=_NO_COST, memory_bytes=0
+        )
+        parts.append(part)
     (stage,) = plan.stages
     return plan.model_copy(update={"stages": [stage.model_copy(update={"layers": parts})]})
 
@@ -82,10 +86,10 @@ def _strategy(traced: TracedModel, evaluation: TracedModel, plan: Plan) -> Itera
     found: dict[LayerId, Split] = {}
     for layer in graph.layers:
         follows = [found[layer.inputs[0]]] if layer.inputs else []
-        if is_boundary(layer.op):
+        if is_pinned(layer.op):
             options = io_splits(layer, mesh, io, frozenset(Dimension) if io is InputOutput.LOCAL else ())
             first = [planned[layer.id]] if layer.id in planned else follows
-            wanted = [split for split in first if split in options] or [options[0]]
+            wanted = [split for split in first if is_io_legal(layer, mesh, io, split)] or [options[0]]
         else:
             replicated = Split.of(mesh, (Dimension.REPLICATE,) * len(mesh.axes))
             first = [planned[layer.id]] if layer.id in planned else []
@@ -148,7 +152,7 @@ def lower_evaluation(
     found = lowering.run()
     known = {id(parameter) for _, parameter, _ in training.synchronised}
     training.synchronised.extend(each for each in found.synchronised if id(each[1]) not in known)
-    alike = _alike(traced, plan.strategy, own_plan.strategy)
+    alike = _alike(traced, plan.enlarged(traced.layers), own_plan.strategy)
     differing = {str(n.target) for n in found.graph.nodes if n.op == "call_module" and n.meta.get(LAYER) not in alike}
     originals = {name for name, _ in model.named_modules()}
     own: dict[str, Any] = {}
@@ -181,6 +185,7 @@ def _alike(traced: TracedModel, planned: Strategy, strategy: Strategy) -> set[La
             other = theirs[layer.id]
             same = (layer.op, layer.output, layer.params) == (other.op, other.output, other.params)
             same = same and mine.inputs_of(layer) == theirs.inputs_of(other)
+            same = same and not any(planned[producer].tiles for producer in other.inputs)  # it fetches no halo
             if same and strategy[layer.id] == planned[layer.id]:
                 found.add(layer.id)
     return found

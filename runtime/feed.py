@@ -7,7 +7,7 @@ import torch
 
 from planner.errors import MismatchError
 from planner.ir.dimension import Dimension, image_roles
-from planner.ir.layout import Layout, balanced_pieces
+from planner.ir.layout import Layout
 from planner.ir.mesh import Mesh
 from planner.ir.region import Region
 from planner.ir.rules import InputOutput, io_layout
@@ -61,14 +61,15 @@ def batch_of(io: InputOutput, first: Layout, samples: Sequence[int]) -> Batch:
         refused = ", where -1 stands for what a rank refused: see its own message" if min(samples) == REFUSED else ""
         raise MismatchError(f"the ranks passed {tuple(samples)} samples{refused}; every rank needs at least one")
     if io is InputOutput.PER_RANK:
-        return _own_samples(samples)
+        return _own_samples(first, samples)
     return _of_regions(first, samples)
 
 
-def _own_samples(samples: Sequence[int]) -> Batch:
+def _own_samples(first: Layout, samples: Sequence[int]) -> Batch:
     size = sum(samples)
-    balanced = tuple(b - a for a, b in balanced_pieces(size, len(samples)))
-    return Batch(size, None if tuple(samples) == balanced else tuple(samples))
+    planned = first.with_size(0, size)
+    is_planned = all(planned.region(p).shape[0] == own for p, own in enumerate(samples))
+    return Batch(size, None if is_planned else tuple(samples))
 
 
 def _of_regions(first: Layout, samples: Sequence[int]) -> Batch:
@@ -80,7 +81,7 @@ def _of_regions(first: Layout, samples: Sequence[int]) -> Batch:
     if tuple(samples) != wanted:
         raise MismatchError(
             f"the ranks passed {tuple(samples)} samples; with io: local, ranks of one group pass the same samples, and "
-            f"groups pass balanced shares: {wanted} of {size}"
+            f"groups pass the shares of the plan: {wanted} of {size}"
         )
     return Batch(size)
 

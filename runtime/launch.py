@@ -12,16 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from planner import errors
-from planner.errors import LayerwiseError, RunError, UsageError
+from planner.errors import RunError, UsageError
+from runtime.ended import Ended, results_of
 from runtime.namespaces import Hosts
+from runtime.slurm import adopt_step
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
@@ -30,10 +31,10 @@ PARENT: Final = "LAYERWISE_PARENT"
 KEEP_MEMORY: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """glibc gives tensors above 32 MiB back to the system and gets them anew, page by page, which a training step pays for
 every time: an addition with a result of 51 MB took 38 ms, and 7 ms with these settings; those of the user win."""
+INTERFACES: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _POLL_S: Final = 0.02
 _SETTLE_S: Final = 0.1  # after the first failure: time for its cause to show up, when that is another rank
 _TERMINATE_S: Final = 1.0
-_NUM_LINES: Final = 12  # of a failed rank's output in the message
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,21 @@ def initialize(*, timeout_s: float = 60.0) -> Process:
         UsageError: the environment describes no group.
         RunError: the ranks did not meet.
     """
-    joined = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else _place()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    process = Process(rank, world_size, local_rank, _device(local_rank, world_size))
-    if not joined:
+    process = own_process()
+    if not dist.is_initialized():
         _join_group(process, timedelta(seconds=timeout_s))
     return process
+
+
+def own_process() -> Process:
+    """Return this process's place in the job that the environment describes, without talking to the others.
+
+    Raises:
+        UsageError: the environment describes no group.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else _place()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return Process(rank, world_size, local_rank, _device(local_rank, world_size))
 
 
 def leave() -> None:
@@ -104,13 +113,14 @@ def _join_group(process: Process, timeout: timedelta) -> None:
 
 def _place() -> tuple[int, int]:
     """Return rank and world size from the environment."""
+    adopt_step()
     needed = ["RANK", "WORLD_SIZE"]
     needed += [] if FILE_STORE in os.environ else ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
         raise UsageError(
             f"this process belongs to no group: {', '.join(missing)} not set in the environment. "
-            "Start it with `torchrun --nproc-per-node N ...`"
+            "Start it with `torchrun --nproc-per-node N ...`, or with srun"
         )
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -167,15 +177,10 @@ def run_local(
                 prefix, interface = _place_on(hosts, rank, num_ranks)
                 environment = _environment(folder, rank, num_ranks, threads_per_rank, interface)
                 ranks.append(_Rank(rank, folder, prefix, environment))
-            failed, late = _watch(ranks, deadline_s, while_waiting or _nothing)
+            late = _watch(ranks, deadline_s, while_waiting or _nothing)
         finally:
             _end(ranks)
-        if failed:
-            raise min(failed, key=_Rank.failed_at_s).error()
-        if late:
-            how = f"was not done within {timeout_s:g} s and was stopped"
-            raise RunError("\n".join(rank.describe(how) for rank in late))
-        return [rank.result() for rank in ranks]
+        return results_of([rank.ended() for rank in ranks], late, timeout_s)
 
 
 def _place_on(hosts: Hosts | None, rank: int, num_ranks: int) -> tuple[list[str], str]:
@@ -187,20 +192,30 @@ def _place_on(hosts: Hosts | None, rank: int, num_ranks: int) -> tuple[list[str]
 
 
 def _environment(folder: Path, rank: int, num_ranks: int, num_threads: int, interface: str) -> dict[str, str]:
-    place = {
-        "RANK": rank,
-        "WORLD_SIZE": num_ranks,
-        "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": num_ranks,
-    }
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return (
         KEEP_MEMORY
         | dict(os.environ)
-        | {key: str(value) for key, value in place.items()}
-        | dict.fromkeys(threads, str(num_threads))
-        | dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)
+        | place_variables(Place(rank, num_ranks, rank, num_ranks), num_threads)
+        | dict.fromkeys(INTERFACES, interface)
         | {FILE_STORE: str(folder / "store"), PARENT: str(os.getpid())}
+    )
+
+
+class Place(NamedTuple):
+    """The place of a rank in a job, and among the ranks of its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def place_variables(place: Place, num_threads: int) -> dict[str, str]:
+    """Return what tells a process of ``runtime.worker`` its place and its threads, and where modules are."""
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return (
+        {name.upper(): str(value) for name, value in place._asdict().items()}
+        | dict.fromkeys(threads, str(num_threads))
         | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     )
 
@@ -229,59 +244,31 @@ class _Rank:
     def has_failed(self) -> bool:
         return not self.is_running() and (self.process.returncode != 0 or not self._outcome.exists())
 
-    def failed_at_s(self) -> float:
-        """Return when it failed by the machine's monotonic clock; 0 if it died without a word."""
-        return float(self._read().get("failed_at_s", 0.0))
-
-    def result(self) -> JsonValue:
-        result: JsonValue = self._read()["result"]
-        return result
-
-    def error(self) -> LayerwiseError:
-        outcome, code = self._read(), self.process.returncode
-        if "error" in outcome:
-            kind: type[LayerwiseError] = getattr(errors, outcome["error"])
-            return kind.__new__(kind, f"rank {self.rank}: {outcome['message']}")
-        if code < 0:
-            return RunError(self.describe(f"was killed by {signal.Signals(-code).name}"))
-        return RunError(self.describe(f"exited with code {code}"))
-
-    def describe(self, how: str) -> str:
-        lines = self._output.read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = "".join(f"\n    {line}" for line in lines[-_NUM_LINES:])
-        return f"rank {self.rank} {how}" + (f"; the end of its output:{tail}" if tail else "")
+    def ended(self) -> Ended:
+        """Return what it left; once it has ended."""
+        outcome = json.loads(self._outcome.read_text(encoding="utf-8")) if self._outcome.exists() else {}
+        output = self._output.read_text(encoding="utf-8", errors="replace")
+        return Ended(self.rank, self.process.returncode, outcome, output)
 
     def send(self, number: signal.Signals) -> None:
         """Signal the process and its descendants."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def _read(self) -> dict[str, Any]:
-        if not self._outcome.exists():
-            return {}
-        outcome: dict[str, Any] = json.loads(self._outcome.read_text(encoding="utf-8"))
-        return outcome
-
 
 def _nothing() -> None:
     return None
 
 
-def _watch(
-    ranks: Sequence[_Rank], deadline_s: float, while_waiting: Callable[[], object]
-) -> tuple[list[_Rank], list[_Rank]]:
-    """Wait until all are done, one has failed or time is up.
-
-    Returns:
-        the ranks that failed, and those still running.
-    """
+def _watch(ranks: Sequence[_Rank], deadline_s: float, while_waiting: Callable[[], object]) -> set[int]:
+    """Wait until all are done, one has failed or time is up; return those that still run."""
     while any(rank.is_running() for rank in ranks) and time.monotonic() < deadline_s:
         if any(rank.has_failed() for rank in ranks):
             time.sleep(_SETTLE_S)
             break
         while_waiting()
         time.sleep(_POLL_S)
-    return [r for r in ranks if r.has_failed()], [r for r in ranks if r.is_running()]
+    return {rank.rank for rank in ranks if rank.is_running()}
 
 
 def _end(ranks: Sequence[_Rank]) -> None:

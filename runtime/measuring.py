@@ -14,7 +14,7 @@ from planner.errors import UsageError
 from planner.ir import ops as ir
 from planner.ir.mesh import Mesh
 from planner.measure.clock import Alone
-from planner.measure.host import HostRates, measure_host, median_rates
+from planner.measure.host import HostRates, measure_host, relative_speeds, sustained_rate
 from planner.measure.journal import JournalWriter
 from planner.measure.layers import LayerTimer, time_keys
 from runtime.launch import Process
@@ -54,15 +54,20 @@ def link_times(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         process: of this rank.
 
     Returns:
-        ``collectives``; ``rates`` of a CPU rank (``HostRates``), or ``accelerator``, the name of the rank's device.
+        ``collectives``; ``rates`` of fast CPU ranks (``HostRates``) and ``speeds`` of all ranks relative to them, or
+        ``accelerator``, the name of the rank's device.
     """
     on_cpu = process.device.type == "cpu"
     levels = [("node", argument["nodes"]), ("cpu" if on_cpu else "gpu", argument["ranks_per_node"])]
     found: dict[str, Any] = {"collectives": measure_collectives(levels, process)}
     if on_cpu:
         everyone: list[Any] = [None] * process.world_size
-        dist.all_gather_object(everyone, measure_host(argument["ranks_per_node"]).model_dump())
-        found["rates"] = median_rates([HostRates.model_validate(rates) for rates in everyone]).model_dump(mode="json")
+        rates = measure_host(argument["ranks_per_node"]).model_dump()
+        dist.barrier()
+        dist.all_gather_object(everyone, (rates, sustained_rate()))
+        measured = [HostRates.model_validate(each) for each, _ in everyone]
+        reference, found["speeds"] = relative_speeds(measured, [rate for _, rate in everyone])
+        found["rates"] = reference.model_dump(mode="json")
     else:
         found["accelerator"] = torch.cuda.get_device_name(process.device)
     return found
@@ -109,4 +114,4 @@ def norm_of_several_ranks(
     return found
 
 
-_ON_TWO_RANKS = Normalise(ir.BatchNorm(1), (0,), StepState(SilentCommunicator(Mesh.of(rank=2), 0)))
+_ON_TWO_RANKS = Normalise(ir.BatchNorm(1), (0,), StepState(SilentCommunicator(Mesh.of(rank=2), 0)), "norm")

@@ -12,13 +12,14 @@ from torch import fx, nn
 from planner.errors import MismatchError, UsageError
 from planner.ir.layout import Layout
 from planner.ir.rules import InputOutput
+from planner.ir.transfer import StepKind
 from planner.plan.schema import Plan
-from runtime.comm.exchange import Batch
+from runtime.comm.exchange import Batch, named
 from runtime.evaluation import Evaluation
 from runtime.feed import REFUSED, batch_of, refuse_other_region, takes_other_sizes
 from runtime.graphs import uncompiled
 from runtime.parameters.clipping import clip_grad_norm
-from runtime.parameters.local import Held
+from runtime.parameters.local import Held, local_piece
 from runtime.parameters.reducer import Reducer
 from runtime.parameters.sharding import Shards
 from runtime.state import StepState, is_in_backward
@@ -103,7 +104,8 @@ class ParallelModule(fx.GraphModule):
         """Add a contiguous tensor over all ranks of the plan, in place; every rank must call it."""
         everyone = tuple(range(len(self.plan.mesh.axes)))
         if everyone:
-            self._state.communicator.all_reduce(numbers, everyone)
+            with named(StepKind.ALL_REDUCE, self._state.communicator, "numbers of the whole model"):
+                self._state.communicator.all_reduce(numbers, everyone)
 
     def _copies(self, name: str) -> int:
         """Return how many ranks hold the same piece of a parameter; all, where the model did not have it."""
@@ -113,16 +115,25 @@ class ParallelModule(fx.GraphModule):
         """Return a scalar of every rank."""
         size, everyone = self.plan.mesh.size, tuple(range(len(self.plan.mesh.axes)))
         own = number.view(1)
-        return self._state.communicator.all_gather(own, [1] * size, everyone) if everyone else own
+        with named(StepKind.ALL_GATHER, self._state.communicator, "the norm of the gradients"):
+            return self._state.communicator.all_gather(own, [1] * size, everyone) if everyone else own
 
-    def _take_unused(self, model: nn.Module, pieces: Mapping[int, nn.Parameter], keeps: Callable[[str], bool]) -> None:
+    def _take_unused(
+        self,
+        model: nn.Module,
+        pieces: Mapping[int, nn.Parameter],
+        cut: Mapping[str, Layout],
+        keeps: Callable[[str], bool],
+    ) -> None:
         """Register what ``forward`` does not read, and further names of what it reads, so that no name is missing.
 
         Args:
             model: the whole.
             pieces: local parameters by identity of the whole ones.
+            cut: by name, layouts of what layers read: also of those that this rank leaves out.
             keeps: which names are wanted.
         """
+        position = self._state.communicator.position
         known = self.state_dict(keep_vars=True)
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in known or not isinstance(tensor, torch.Tensor) or not keeps(name):
@@ -136,7 +147,7 @@ class ParallelModule(fx.GraphModule):
             if isinstance(tensor, nn.Parameter):
                 holder.register_parameter(own, pieces.get(id(tensor), tensor))
             else:
-                holder.register_buffer(own, tensor)
+                holder.register_buffer(own, local_piece(tensor, cut[name], position) if name in cut else tensor)
 
     # ---- modes
 
@@ -160,6 +171,7 @@ class ParallelModule(fx.GraphModule):
         super()._apply(fn, recurse)
         self._shards.refresh()
         self._reducer.refresh()
+        self._state.dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), self._state.dtype)
         vars(self).pop("_evaluator", None)
         if isinstance(self._evaluation, Evaluation):
             self._evaluation.convert(fn)
@@ -218,7 +230,9 @@ class ParallelModule(fx.GraphModule):
         first = next((layouts[name] for name in passed), next(iter(layouts.values())))
 
         def resolve() -> Batch:
-            batch = batch_of(io, first, pending())
+            with named(StepKind.ALL_GATHER, state.communicator, "the numbers of samples"):
+                sizes = pending()
+            batch = batch_of(io, first, sizes)
             if io is InputOutput.LOCAL:
                 refuse_other_region(layouts, mesh, position, passed, batch.size)
             return batch

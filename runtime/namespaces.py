@@ -8,6 +8,8 @@ Measured with one TCP stream on 2 cores, 1 MB/s to 1.25 GB/s: payload arrives at
 asked rate, which counts Ethernet frames (1448 of 1514 bytes are payload). The bucket is small so
 that short messages take their time too: 64 KiB let 20 kB pass 17 times too fast at 1 MB/s. It drops
 no offloaded packets, because ``tbf`` cuts those that exceed the bucket.
+
+Between two hosts messages may take their time as well: then a process carries the packets (``runtime.delayed``).
 """
 
 import itertools
@@ -18,17 +20,20 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
 from planner.errors import RunError, UsageError
+from runtime.delayed import open_end, start_carrier
 
 _INTERFACE: Final = "eth0"
 _BUCKET_S: Final = 1e-3
 _SMALLEST_BUCKET_BYTES: Final = 4000  # two frames of 1514 bytes and some room
+_LARGE_PACKET_BYTES: Final = 16_000  # on a link that a process carries, which takes as long for each packet
+_LONGEST_DELAY_S: Final = 1.0
 _QUEUE_S: Final = 0.05  # a packet that would wait longer is dropped
 _OWNER: Final = re.compile(r"layerwise-(\d+)-")
 _serial = itertools.count()
@@ -54,7 +59,7 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts(rate_bytes_per_s: float | None, num_hosts: int = 2) -> Iterator[Hosts]:
+def two_hosts(rate_bytes_per_s: float | None, num_hosts: int = 2, delay_s: float = 0.0) -> Iterator[Hosts]:
     """Make hosts that are joined by links of a rate, and remove them at the end.
 
     They are removed on errors, Ctrl-C and SIGTERM (when entered in the main thread) as well. What a
@@ -63,24 +68,48 @@ def two_hosts(rate_bytes_per_s: float | None, num_hosts: int = 2) -> Iterator[Ho
     Args:
         rate_bytes_per_s: of each link, per direction, in Ethernet frames; None does not limit it.
         num_hosts: 2 to 254.
+        delay_s: that every packet takes; of two hosts only.
 
     Raises:
         UsageError: not root, ``ip`` or ``tc`` is missing, or an argument is out of range.
         RunError: the kernel refused, for example in a container without CAP_SYS_ADMIN.
     """
-    _check(rate_bytes_per_s, num_hosts)
+    _check(rate_bytes_per_s, num_hosts, delay_s)
     _remove_leftovers()
     prefix = f"layerwise-{os.getpid()}-{next(_serial)}-"
     hosts = Hosts(tuple(f"{prefix}{index}" for index in range(num_hosts)))
-    with _sigterm_unwinds():
-        try:
+    with _sigterm_unwinds(), ExitStack() as undone:
+        undone.callback(lambda: _remove(name for name in _namespaces() if name.startswith(prefix)))
+        if delay_s:
+            _build_delayed(hosts, rate_bytes_per_s, delay_s, undone)
+        else:
             _build(hosts, f"{prefix}switch", rate_bytes_per_s)
-            yield hosts
-        finally:
-            _remove(name for name in _namespaces() if name.startswith(prefix))
+        yield hosts
 
 
-def _check(rate_bytes_per_s: float | None, num_hosts: int) -> None:
+def _build_delayed(hosts: Hosts, rate_bytes_per_s: float | None, delay_s: float, undone: ExitStack) -> None:
+    """Join two hosts by a link that a process carries."""
+    names = [f"lw{os.getpid() % 10**7}-{index}" for index in range(2)]  # no longer than 15 characters
+    ends = open_end(names[0]), open_end(names[1])
+    for end in ends:
+        undone.callback(os.close, end)
+    large = rate_bytes_per_s is None or rate_bytes_per_s * _BUCKET_S >= _LARGE_PACKET_BYTES
+    for index, (host, name) in enumerate(zip(hosts.names, names, strict=True)):
+        _run("ip", "netns", "add", host)
+        _run("ip", "-n", host, "link", "set", "lo", "up")
+        _run("ip", "link", "set", name, "netns", host, "name", _INTERFACE)
+        if large:
+            _run("ip", "-n", host, "link", "set", _INTERFACE, "mtu", str(_LARGE_PACKET_BYTES))
+        _run("ip", "-n", host, "address", "add", f"{hosts.address(index)}/24", "dev", _INTERFACE)
+        _run("ip", "-n", host, "link", "set", _INTERFACE, "addrgenmode", "none", "up")
+        if rate_bytes_per_s is not None:
+            _shape(host, _INTERFACE, rate_bytes_per_s)
+    carrier = start_carrier(ends, delay_s)
+    undone.callback(carrier.wait)
+    undone.callback(carrier.kill)
+
+
+def _check(rate_bytes_per_s: float | None, num_hosts: int, delay_s: float) -> None:
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise UsageError(f"hosts need {' and '.join(missing)}: install the Debian package iproute2")
@@ -90,6 +119,11 @@ def _check(rate_bytes_per_s: float | None, num_hosts: int) -> None:
         raise UsageError(f"{num_hosts} hosts asked, but 2 to 254 are possible")
     if rate_bytes_per_s is not None and not 1e3 <= rate_bytes_per_s < float("inf"):
         raise UsageError(f"a link rate of {rate_bytes_per_s} bytes/s asked, but 1000 is the least")
+    if not 0 <= delay_s <= _LONGEST_DELAY_S or (delay_s and num_hosts != 2):
+        raise UsageError(
+            f"a delay of {delay_s} s between {num_hosts} hosts asked, but 0 to {_LONGEST_DELAY_S} s between two are "
+            "possible"
+        )
 
 
 def _build(hosts: Hosts, switch: str, rate_bytes_per_s: float | None) -> None:

@@ -15,7 +15,8 @@ from planner.frontend.modes import asks_for_mode, is_same
 from planner.frontend.prepare import buffers_written
 from planner.frontend.trace import empty_inputs, trace
 from planner.plan.check import refuse_other_model
-from planner.plan.schema import Plan, require_single_rank_count
+from planner.plan.schema import Plan
+from runtime.agreement import start_together
 from runtime.comm.communicator import Communicator, TorchCommunicator
 from runtime.comm.groups import ProcessGroups
 from runtime.comm.staging import communicator_of
@@ -51,17 +52,16 @@ def parallelize(
     Raises:
         UsageError: torch.distributed is not initialised, weights are on the meta device, or the
             plan is for another number of ranks.
-        MismatchError: the plan was made for another model.
+        MismatchError: the plan was made for another model; or ranks have different plans, models or code.
+        RunError: a rank did not come.
     """
-    if not torch.distributed.is_initialized():
-        raise UsageError(
-            "torch.distributed is not initialised: call runtime.launch.initialize() (or "
-            "torch.distributed.init_process_group()) first, and start the script with torchrun"
-        )
-    require_single_rank_count(plan, torch.distributed.get_world_size())
-    if mesh is not None and sorted(mesh.mesh.flatten().tolist()) != sorted(plan.mesh.ranks):
-        raise UsageError(f"the given mesh has ranks {mesh.mesh.tolist()}, the plan {list(plan.mesh.ranks)}")
-    traced = trace_for(model, plan)
+
+    def check() -> TracedModel:
+        if mesh is not None and sorted(mesh.mesh.flatten().tolist()) != sorted(plan.mesh.ranks):
+            raise UsageError(f"the given mesh has ranks {mesh.mesh.tolist()}, the plan {list(plan.mesh.ranks)}")
+        return trace_for(model, plan)
+
+    traced = start_together("parallelize", model, plan, check)
     return lower(model, traced, plan, joined(traced, plan, timeout_s))
 
 
@@ -165,8 +165,8 @@ def lower_as(
     for name in lowered.transient:
         path, _, own = name.rpartition(".")
         module.get_submodule(path)._non_persistent_buffers_set.add(own)
-    module._take_unused(model, lowered.pieces, keeps)
     module.plan, module._state, module._inputs = plan, state, input_layouts(plan)
+    module._take_unused(model, lowered.pieces, lowered.cut, keeps)
     module.held = shards.refined(held(model, module, lowered.cut, plan.mesh, communicator.position))
     shards.attach(module)
     module._shards, module._reducer = shards, shards.reducer(lowered.synchronised, plan.bucket_bytes)

@@ -81,6 +81,7 @@ class StepState:
         resolve_batch: waits for the other ranks' sizes, where those of the running step are not known yet; may be
             called again.
         passes: that were made.
+        dtype: of the parameters.
     """
 
     communicator: Communicator
@@ -91,6 +92,7 @@ class StepState:
     gradient_scale: float = 1.0
     resolve_batch: Callable[[], Batch] | None = None
     passes: Passes = field(default_factory=Passes)
+    dtype: torch.dtype = torch.float32
 
     def seed_of(self, key: int) -> int:
         """Return the seed of something random in this step."""

@@ -17,6 +17,7 @@ from planner.frontend.source import load_model
 from planner.ir.layout import balanced_pieces
 from planner.ir.mesh import Mesh
 from planner.plan.schema import Plan
+from runtime.agreement import start_together
 from runtime.comm.communicator import Axes, Pending
 from runtime.data import own_part
 from runtime.launch import Process
@@ -225,7 +226,7 @@ def _measured_steps(
 ) -> tuple[list[float], list[tuple[Span, ...]], tuple[Span, ...]]:
     """Return the seconds of plain steps on the slowest rank, this rank's spans of others, and the last's reductions."""
     model, tape = build_model(plan, process.device), Tape(process.device)
-    traced = trace_for(model, plan)
+    traced = start_together("run", model, plan, lambda: trace_for(model, plan))
     net = lower(model, traced, plan, TimedCommunicator(joined(traced, plan), tape))
     step, optimizer = training_step(net, plan, synthetic_batch(plan, process))
     timed_steps(step, warmup, process.device)

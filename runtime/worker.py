@@ -1,4 +1,4 @@
-"""Entry point of the processes that ``run_local`` starts: ``python -m runtime.worker FOLDER``.
+"""Entry point of the processes that ``run_local`` and ``run_on_ray`` start: ``python -m runtime.worker FOLDER``.
 
 Reads ``call.json`` of the folder and writes ``RANK.json``: ``{"result": ...}``, or
 ``{"failed_at_s": ...}`` and, for one of our own errors, its class and message.
@@ -20,8 +20,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from planner import errors
-from planner.errors import LayerwiseError
+from runtime.ended import told
 from runtime.launch import PARENT, JsonValue, initialize, leave
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -36,9 +35,9 @@ def main() -> None:
     try:
         outcome.write_text(json.dumps({"result": _call(folder / "call.json")}), encoding="utf-8")
     except (Exception, SystemExit) as error:  # a rank returns, it does not leave
-        failed_at_s = time.monotonic()
+        failed_at_s = time.time_ns() / 1e9  # on several machines there is no other clock to say who was first
         traceback.print_exc()
-        outcome.write_text(json.dumps({"failed_at_s": failed_at_s} | _named(error)), encoding="utf-8")
+        outcome.write_text(json.dumps({"failed_at_s": failed_at_s} | told(error)), encoding="utf-8")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(getattr(error, "exit_code", 1))  # threads of a broken group could hold up an orderly exit
@@ -53,7 +52,7 @@ def main() -> None:
 def _call(file: Path) -> JsonValue:
     call = json.loads(file.read_text(encoding="utf-8"))
     threads = int(os.environ["OMP_NUM_THREADS"])
-    _stay_apart(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), threads)
+    _stay_apart(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), threads)
     torch.set_num_threads(threads)
     process = initialize(timeout_s=call["timeout_s"])
     result: JsonValue = pkgutil.resolve_name(call["function"])(call["argument"], process)
@@ -72,14 +71,6 @@ def _stay_apart(rank: int, num_ranks: int, threads: int) -> None:
     processors = sorted(os.sched_getaffinity(0))
     if num_ranks * threads <= len(processors):
         os.sched_setaffinity(0, processors[rank * threads :][:threads])
-
-
-def _named(error: BaseException) -> dict[str, str]:
-    """Return message and nearest class in ``planner.errors`` of our own errors."""
-    if not isinstance(error, LayerwiseError):
-        return {}
-    name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
-    return {"error": name, "message": str(error)}
 
 
 def _die_with_parent(parent: int) -> None:

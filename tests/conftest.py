@@ -55,7 +55,14 @@ def _zoo_lacks() -> str | None:
     return f"needs {' and '.join(missing)}: pip install '.[zoo]'" if missing else None
 
 
+def _browser_lacks() -> str | None:
+    from support.browser import browser_lacks
+
+    return browser_lacks()
+
+
 _LACKS: dict[str, Callable[[], str | None]] = {
+    "browser": functools.cache(_browser_lacks),
     "dist": functools.cache(_dist_lacks),
     "gpu": functools.cache(lambda: _cuda_devices_lack(1)),
     "multigpu": functools.cache(lambda: _cuda_devices_lack(2)),

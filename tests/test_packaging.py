@@ -31,6 +31,7 @@ def test_the_wheel_holds_both_packages_with_their_data_and_nothing_else(tmp_path
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert sources <= names
         assert f"{package}/py.typed" in names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "planner/report/page").iterdir()} <= names
     files = (path for suffix in ("json", "csv", "txt") for path in (ROOT / "profiles").rglob(f"*.{suffix}"))
     data = {path.relative_to(ROOT / "profiles") for path in files}
     assert data

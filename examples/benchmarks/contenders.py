@@ -41,6 +41,10 @@ FSDP: Final = "FSDP2"
 TP: Final = "TP + DDP"
 ALONE: Final = "one device"
 UNDISTURBED: Final = "one device, other idle"
+ENOUGH: Final = 2
+"""Rounds in which all are timed."""
+FAR: Final = 3.0
+"""Times the first plan's step."""
 
 
 def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
@@ -49,8 +53,9 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
     Args:
         argument: ``plans`` (name to JSON text), ``contenders`` (names of this module's constants, on the first plan's
             model and batch), ``compute_only`` (names of plans), ``warmup``, ``rounds``, and ``seconds``, after which no
-            further round begins; if wanted ``steps``, that are timed together: pipelines that are never emptied go on
-            from one to the next.
+            further round begins, the first ``ENOUGH`` not counted: behind these, what is ``FAR`` slower than the first
+            plan takes no further step; if wanted ``steps``, that are timed together: pipelines that are never emptied
+            go on from one to the next.
         process: of this rank.
 
     Returns:
@@ -70,12 +75,16 @@ def race(argument: dict[str, Any], process: Process) -> dict[str, list[float]]:
         timed_steps(step, argument["warmup"], process.device)
     found: dict[str, list[float]] = {name: [] for name in steps}
     spent_s, at_once = 0.0, argument.get("steps", 1)
-    for _ in range(argument["rounds"]):
+    for turn in range(argument["rounds"]):
+        if turn == ENOUGH:  # times are the same on every rank, so all of them drop the same
+            least_s = min(found[next(iter(plans))])
+            steps = {name: step for name, step in steps.items() if min(found[name]) < FAR * least_s}
+            spent_s = 0.0
         for name, step in steps.items():
             (seconds,) = timed_steps(repeated(step, at_once), 1, process.device)
             found[name].append(seconds / at_once)
-            spent_s += seconds  # the same on every rank
-        if spent_s >= argument["seconds"]:
+            spent_s += seconds
+        if turn >= ENOUGH and spent_s >= argument["seconds"]:
             break
     return found
 

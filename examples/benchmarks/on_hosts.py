@@ -50,7 +50,7 @@ class Case:
 
 @contextmanager
 def planner_on_hosts(
-    case: Case, rate: str, layers: Layers | None = None, microbatches: Sequence[int] = ()
+    case: Case, rate: str, layers: Layers | None = None, microbatches: Sequence[int] = (), delay_s: float = 0.0
 ) -> Iterator[tuple[Planner, Hosts]]:
     """Give two hosts joined by a link of a rate, and a planner on measurements of them.
 
@@ -59,8 +59,9 @@ def planner_on_hosts(
         rate: of the link, per direction, such as ``1gbit``.
         layers: times of the layers' pieces, where they were measured before; they do not depend on the link.
         microbatches: sizes of further batches, whose pieces are timed too, whole and cut by samples.
+        delay_s: of the link.
     """
-    with two_hosts(parse_bit_rate(rate)) as hosts:
+    with two_hosts(parse_bit_rate(rate), delay_s=delay_s) as hosts:
         yield planner_of(case, hosts, layers, microbatches), hosts
 
 
@@ -116,13 +117,14 @@ def iqr(samples: Sequence[float]) -> float:
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the median of the ratios of paired samples."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    """Return the median of the ratios of paired samples; where one has more, of its first ones."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=False))
 
 
 def ratio_interval(a: Sequence[float], b: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval of the median of the ratios of paired samples."""
-    ratios = np.asarray(a) / np.asarray(b)
+    """Return a 95 % bootstrap interval of the median of the ratios of paired samples, paired as in ``ratio``."""
+    count = min(len(a), len(b))
+    ratios = np.asarray(a[:count]) / np.asarray(b[:count])
     drawn = np.random.default_rng(0).choice(ratios, (resamples, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(low), float(high)

@@ -30,9 +30,9 @@ OUTPUT: Final = Path(__file__).with_suffix(".csv")
 CLUSTERS: Final = (
     "2x1-t4-eth1", "4x1-t4-eth1", "4x1-t4-eth10", "16x1-t4-eth10", "4x4-p100-ib100", "8xk20-pcie", "4xa100-nvlink",
 )  # fmt: skip
-NETWORKS: Final = {"alexnet": (8, 32), "vgg16": (8, 32), "resnet50": (8, 32), "resnet110": (32,), "unet": (2, 8)}
+NETWORKS: Final = {"alexnet": (32,), "vgg16": (8, 32), "resnet50": (32,), "unet": (8,), "resnet110": (32,)}
 """The batches of each."""
-TIME_LIMIT_S: Final = 60.0
+TIME_LIMIT_S: Final = 300.0
 """For each of the two searches; where there is no more time, fewer pipelines are searched."""
 
 

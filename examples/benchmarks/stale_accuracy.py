@@ -5,16 +5,16 @@
 Trains LeNet-5 and a narrow ResNet-20 on scikit-learn's digits, enlarged to the size that the network takes, with the
 same start values, order of batches and learning rates for every way of training: on one device, pipelined
 [Zhang & Abdelrahman 2021] with cuts behind chosen layers, the hybrid (the first half of the steps pipelined), and with
-the deepest cuts and stashed weights. All stages run in this process, in cycles: the numbers of a pipeline, not its
-speed. Prints and writes the mean test accuracy over seeds and the drop against one device, with the standard deviation
-of the drop over the seeds. A few minutes on one core.
+the deepest cuts and stashed weights. At most four pairs of registers, as in the paper. All stages run in this process,
+in cycles: the numbers of a pipeline, not its speed. Prints and writes the mean test accuracy over seeds and the drop
+against one device, with the standard deviation of the drop over the seeds; rows of other networks that the file has
+stay. An hour on one core.
 
 `--data FOLDER` takes images of your own instead, such as CIFAR-10 or MNIST as files: FOLDER/train/CLASS/* and
 FOLDER/test/CLASS/* (needs pillow). `--width 1` is the whole ResNet-20.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 
+from examples.benchmarks.rows import read_rows, write_rows
 from planner.errors import LayerwiseError, UsageError
 from planner.models.lenet import lenet5
 from planner.models.resnet import BasicBlock, cifar_resnet
@@ -55,8 +56,8 @@ class Network:
 
 
 NETWORKS = {
-    "lenet5": Network(32, 1, 0.01, 8, ((1,), (4,), (1, 2), (1, 2, 3), (1, 2, 3, 4))),
-    "resnet20": Network(16, 3, 0.05, 8, ((7,), (19,), (7, 13), (7, 13, 19), (3, 5, 7, 9, 11, 13, 15, 17, 19))),
+    "lenet5": Network(32, 1, 0.01, 24, ((1,), (4,), (1, 2), (1, 2, 3), (1, 2, 3, 4))),
+    "resnet20": Network(16, 3, 0.05, 8, ((7,), (19,), (7, 13), (7, 13, 19), (3, 7, 13, 19))),
 }
 
 
@@ -102,7 +103,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="CSV file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = []
+    rows = read_rows(arguments.output, Row) if arguments.output else []
     try:
         for name in arguments.networks:
             start = time.perf_counter()
@@ -110,15 +111,17 @@ def main() -> int:
             network = dataclasses.replace(
                 network, epochs=arguments.epochs or network.epochs, rate=arguments.rate or network.rate
             )
-            rows += study(name, network, images_of(arguments.data, network), arguments.width, arguments.seeds)
+            rows = [row for row in rows if row.network != name]
+            for row in study(name, network, images_of(arguments.data, network), arguments.width, arguments.seeds):
+                rows.append(row)
+                if arguments.output:
+                    write_rows(arguments.output, rows, Row)
             print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     except LayerwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for line in lines(rows):
         print(line)
-    if arguments.output:
-        write(arguments.output, rows)
     return 0
 
 
@@ -252,16 +255,6 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.network:10}{row.way:12}{row.cuts or '-':28}{row.stale_weights:12.0f} %{row.accuracy:8.2f} %"
             f"{row.drop:8.2f}{row.drop_sd:7.2f}"
         )
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_suffix(".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()})
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

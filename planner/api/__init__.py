@@ -11,6 +11,9 @@ from planner.api.comparing import (
     price_stages,
     reprice,
 )
+from planner.api.decomposing import PricedDecomposition, price_decomposition
+from planner.api.exporting import export_dot, export_placements, layer_graph
+from planner.api.inference import InferenceOptions, plan_inference
 from planner.api.machine import (
     Machine,
     data_sheet_profile,
@@ -28,35 +31,49 @@ from planner.api.planning import (
     plan_model,
     prepare,
 )
+from planner.api.reporting import report
+from planner.api.what_if import Case, Outcome, cases, what_if
 from planner.errors import NoPlanError
 from planner.plan.schema import Plan
 from planner.space.constraints import Constraints
 
 __all__ = [
+    "Case",
     "Comparison",
     "Constraints",
+    "InferenceOptions",
     "Machine",
     "NoPlanError",
     "Options",
     "Origin",
+    "Outcome",
     "Plan",
     "Planner",
     "Priced",
+    "PricedDecomposition",
     "PricedStages",
+    "cases",
     "compare",
     "compare_with",
     "data_sheet_profile",
     "example_inputs",
+    "export_dot",
+    "export_placements",
+    "layer_graph",
     "local_layers",
     "machine_of",
     "machine_of_links",
     "measure_host",
     "measure_layers",
+    "plan_inference",
     "plan_model",
     "prepare",
+    "price_decomposition",
     "price_plan",
     "price_stages",
     "refuse_unknown_accelerator",
+    "report",
     "reprice",
     "time_layers",
+    "what_if",
 ]

@@ -71,6 +71,7 @@ def baselines(planner: "Planner") -> tuple[Baseline, ...]:
             layer.id: tuple(dict.fromkeys(splits[name][layer.id] for name in names))
             for layer in graph.layers if is_chosen(layer)
         }  # fmt: skip
+        _log.info("pricing %s", ", ".join(names))
         model = planner.cost_model(mesh)
         model = replace(model, settings=replace(model.settings, parameter_sharding=sharding))
         table = CostTable.of(pinned_space(graph, mesh, planner.io(mesh), own), model)

@@ -1,6 +1,6 @@
 """Strategies beside each other, and plans priced again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner import html
 from planner.api.machine import Machine, machine_of
 from planner.api.options import Options, Origin, options_of
 from planner.api.pipelines import price_pipeline, stage_costs
@@ -17,7 +18,7 @@ from planner.cost.pipeline import PipelineTimeline
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
 from planner.devices.graph import DeviceGraph
-from planner.errors import UsageError
+from planner.errors import InfeasibleError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.source import load_model
 from planner.frontend.trace import NO_KEYWORDS, empty_inputs
 from planner.ir.dimension import Dimension
@@ -26,18 +27,23 @@ from planner.ir.split import Split
 from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan, StageCostPart
 from planner.profile.key import LocalLayer
-from planner.search.auto import Planned, Search
+from planner.report import tables
+from planner.search.auto import SEARCHING, Planned, Search
+from planner.search.recompute import with_tiles
+from planner.space.enumerate import SearchSpace
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Strategies on one problem: the fixed ones, then the planned one.
+    """Strategies on one problem: the fixed ones, those of other solvers, then the planned one.
 
     Attributes:
-        rows: fixed strategies, then the planned one (solver ``auto`` or the one asked for).
+        rows: fixed strategies, other solvers' that were asked for, then the planned one (solver ``auto`` or the one
+            asked for).
         fits: for each row whether it obeys the memory limit.
         searches: that each comes from.
         notes: for each row why it could not have been planned; empty where it could.
+        missing: other solvers that found nothing, and why.
     """
 
     planner: Planner
@@ -45,11 +51,28 @@ class Comparison:
     fits: tuple[bool, ...]
     searches: tuple[Search, ...]
     notes: tuple[str, ...]
+    missing: tuple[tuple[str, str], ...] = ()
 
     @property
     def planned(self) -> Planned:
         """The planned strategy."""
         return self.rows[-1]
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the strategies beside each other, and the bound."""
+        graph, planned = self.planner.traced.layers, self.planned
+        rows = tables.rows_of_search(self.rows, self.fits, graph.batch, self.notes)
+        shown = tables.strategies(rows)
+        said = (
+            tables.bound_sentence(planned.timeline.step_s, planned.lower_bound_s),
+            *tables.standing_sentences(rows, planned.lower_bound_s),
+            *tables.change_sentences(self.planner.traced.changes),
+        )
+        return html.titled(
+            f"{graph.name}, batch {graph.batch}, on {self.planner.machine.graph.name}: {shown.title.lower()}",
+            html.table(shown.columns, shown.rows, num_text=shown.num_text, emphasis=shown.emphasis),
+            *map(html.sentence, said),
+        )
 
     def plans(self) -> tuple[Plan, ...]:
         """Return every row as a plan."""
@@ -58,7 +81,7 @@ class Comparison:
 
     @property
     def planned_lost(self) -> bool:
-        """Whether a fixed strategy that fits, and that could have been planned, has a shorter predicted step."""
+        """Whether a strategy that fits, and that could have been planned, has a shorter predicted step."""
         return any(
             ok and not note and row.timeline.step_s < self.planned.timeline.step_s * (1 - 1e-9)
             for row, ok, note in zip(self.rows[:-1], self.fits[:-1], self.notes[:-1], strict=True)
@@ -75,27 +98,85 @@ def compare(
     origin: Origin | None = None,
     example_keywords: Mapping[str, torch.Tensor] = NO_KEYWORDS,
     profile: str | Path | None = None,
+    solvers: Sequence[str] = (),
     **options: Any,
 ) -> Comparison:
-    """Compare the fixed strategies with the planned one; arguments as ``plan_model``."""
+    """Compare the fixed strategies with the planned one, by prediction.
+
+    Args:
+        model: and all others: as of ``plan_model``.
+        example_inputs: tensors with the global batch as their first size.
+        cluster: a name, a path, or a graph.
+        devices: that many equal accelerators; exactly one of cluster, devices and machine.
+        machine: a graph with a profile of its devices.
+        origin: for the plans' provenance.
+        example_keywords: inputs that ``forward`` takes by keyword, by name.
+        profile: path of a device profile.
+        solvers: names of other solvers whose strategies are shown too, such as ``dp`` and ``hypar``.
+        options: the fields of ``Options``.
+
+    Returns:
+        A row for each fixed strategy that the machine allows, for each other solver, then the planned one, with seconds
+        and bytes of each.
+
+    Raises:
+        LayerwiseError: see ``planner.errors`` for the cases.
+    """
     asked = options_of(**options)
     found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__)
     planner = prepare(model, example_inputs, found, asked, name, example_keywords)
-    return compare_with(planner)
+    return compare_with(planner, solvers)
 
 
-def compare_with(planner: Planner) -> Comparison:
-    """Compare the strategies of a prepared planner."""
+def compare_with(planner: Planner, solvers: Sequence[str] = ()) -> Comparison:
+    """Compare the strategies of a prepared planner.
+
+    Args:
+        planner: of the model on its machine.
+        solvers: names of ``planner.search.auto.SEARCHING`` whose strategies are shown too, but for the one that plans.
+
+    Raises:
+        UnknownNameError: no such solver.
+        LayerwiseError: there is no plan.
+    """
+    refuse_unknown_solvers(solvers)
     beside = planner.baselines()
     search, planned = planner.best()
+    wanted = [name for name in dict.fromkeys(solvers) if name != planner.options.solver]
+    others, missing = _others(planner, wanted)
     return Comparison(
         planner,
-        (*(baseline.planned for baseline in beside), planned),
-        (*(baseline.search.fits(baseline.planned) for baseline in beside), True),
-        (*(baseline.search for baseline in beside), search),
-        (*(baseline.note for baseline in beside), ""),
+        (*(baseline.planned for baseline in beside), *(found for _, found in others), planned),
+        (*(baseline.search.fits(baseline.planned) for baseline in beside), *(True for _ in others), True),
+        (*(baseline.search for baseline in beside), *(own for own, _ in others), search),
+        (*(baseline.note for baseline in beside), *("" for _ in others), ""),
+        missing,
     )
+
+
+def refuse_unknown_solvers(names: Sequence[str]) -> None:
+    """Check that these are solvers that search.
+
+    Raises:
+        UnknownNameError: one is not.
+    """
+    for name in names:
+        if name not in SEARCHING:
+            raise UnknownNameError("solver", name, SEARCHING)
+
+
+def _others(
+    planner: Planner, solvers: Sequence[str]
+) -> tuple[list[tuple[Search, Planned]], tuple[tuple[str, str], ...]]:
+    """Return what other solvers find, and which find nothing, with the reason."""
+    found, missing = [], []
+    for name in solvers:
+        try:
+            found.append(planner.with_solver(name).best())
+        except (InfeasibleError, NoPlanError, UsageError) as error:  # such as an exhaustive search that is hopeless
+            missing.append((name, str(error)))
+    return found, tuple(missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +219,7 @@ def reprice(plan: Plan, machine: Machine) -> Timeline | PipelineTimeline:
 
 def price_stages(plan: Plan, machine: Machine) -> PricedStages:
     """Return what the stages of a pipelined plan cost on a machine; raises as ``price_plan``."""
-    found = price_pipeline(plan, _planner_of(plan, machine))
+    found = price_pipeline(plan, planner_of(plan, machine))
     return PricedStages(found.timeline, stage_costs(found))
 
 
@@ -155,14 +236,36 @@ def price_plan(plan: Plan, machine: Machine) -> Priced:
         raise UsageError(
             f"the plan needs {plan.mesh.size} devices, {machine.graph.name} has {len(machine.graph.devices)}"
         )
-    planner = _planner_of(plan, machine)
-    mesh = _mesh_on(plan, machine.graph)
+    return price_with(planner_of(plan, machine), plan)
+
+
+def price_with(planner: Planner, plan: Plan) -> Priced:
+    """Return what a plan costs in the space of a planner of the same model; raises as ``price_plan``.
+
+    A plan whose shares are not among the few that a search tries is priced in a space of its own.
+    """
+    mesh = _mesh_on(plan, planner.machine.graph)
+    strategy = {layer: _on_axes(mesh, split) for layer, split in plan.strategy.items()}
     table = planner.table(mesh)
+    known = table.space.splits
+    if any(split.shares and split not in known[layer] for layer, split in strategy.items()):
+        splits = {layer: (split,) for layer, split in strategy.items()}
+        space = SearchSpace(planner.traced.layers, mesh, planner.io(mesh), splits)
+        table = CostTable.of(space, planner.cost_model(mesh))
     try:
-        choice = table.choice({layer: Split.of(mesh, split.dimensions) for layer, split in plan.strategy.items()})
+        choice = table.choice(strategy)
     except ValueError as error:
         raise UsageError(f"the plan cannot be priced here: {error}") from error
+    if recomputing := plan.only_stage.recomputing():
+        table, choice = with_tiles(table, choice, recomputing)
     return Priced(table, choice, simulate(table, choice, plan.bucket_bytes))
+
+
+def _on_axes(mesh: Mesh, split: Split) -> Split:
+    """Return a split with the names of a mesh's axes."""
+    names = [axis.name for axis in mesh.axes]
+    shares = ((name, own) for name, own in zip(names, split.weights, strict=False) if own is not None)
+    return Split.of(mesh, split.dimensions).with_shares(dict(shares))
 
 
 def _mesh_on(plan: Plan, graph: DeviceGraph) -> Mesh:
@@ -195,21 +298,22 @@ def local_layers(plan: Plan) -> tuple[LocalLayer, ...]:
         UsageError: the source that the plan names cannot be loaded.
         MismatchError: the source gives another model than the plan's.
     """
-    planner = _planner_of(plan, machine_of(devices=plan.mesh.size, precision=plan.precision))
+    planner = planner_of(plan, machine_of(devices=plan.mesh.size, precision=plan.precision))
     model, graph = planner.cost_model(plan.mesh), planner.traced.layers
-    return tuple(model.local(graph[layer], split) for layer, split in plan.strategy.items())
+    return tuple(model.local(graph[layer], split) for layer, split in plan.enlarged(graph).items())
 
 
-def _planner_of(plan: Plan, machine: Machine) -> Planner:
+def planner_of(plan: Plan, machine: Machine, dimensions: Collection[Dimension] = frozenset(Dimension)) -> Planner:
+    """Return a planner of the model that a plan names, for what the plan was made for; raises as ``price_plan``."""
     loaded = load_model(plan.model.source, dict(plan.model.arguments))
     inputs, keywords = empty_inputs(plan.model.inputs)
     options = Options(
         precision=plan.precision, optimizer=plan.optimizer, sync_batch_norm=plan.sync_batch_norm,
         io=None if plan.is_pipelined else plan.io,
-        dimensions=frozenset(Dimension), parameter_sharding=plan.stages[0].parameter_sharding,
-        halo_overlap="auto" if any(layer.overlap for layer in plan.stages[0].layers) else "never",
+        dimensions=frozenset(dimensions), parameter_sharding=plan.stages[0].parameter_sharding,
+        halo_overlap="auto" if any(layer.overlap for stage in plan.stages for layer in stage.layers) else "never",
     )  # fmt: skip
-    planner = prepare(loaded.module, inputs, machine, options, Origin(plan.model.name), keywords)
+    planner = prepare(loaded.module, inputs, machine, options, Origin(loaded.name), keywords)
     if not plan.is_pipelined:  # of several stages, the graph at micro-batch size is compared
         refuse_other_model(plan, planner.traced.layers)
     return planner

@@ -4,14 +4,14 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from planner.devices.files import profiles_path
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Device, DeviceGraph
 from planner.devices.library import cluster as find_cluster
 from planner.devices.library import device_kinds, equal_devices
 from planner.devices.schema import DeviceKind
@@ -37,10 +37,17 @@ PROFILE_TIMEOUT_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is made for: a device graph and what is known of the speed of its devices."""
+    """What a plan is made for: a device graph and what is known of the speed of its devices.
+
+    Attributes:
+        graph: the devices and their links.
+        profile: of the slowest kind of device.
+        others: of the other kinds, by their names.
+    """
 
     graph: DeviceGraph
     profile: ProfileTable
+    others: Mapping[str, ProfileTable] = field(default_factory=dict)
 
 
 def machine_of(
@@ -69,11 +76,18 @@ def machine_of(
         kinds = sorted({device.kind for device in machine.graph.devices})
         if asked.device not in kinds and not (kinds == ["cpu"] and _is_of_this_processor(asked)):
             _log.warning("%s was measured on %s, this machine has %s", profile, asked.device, ", ".join(kinds))
+        if asked.device in machine.others:
+            of_kind = with_profiles(machine.others[asked.device], [asked])
+            return replace(machine, others={**machine.others, asked.device: of_kind})
         return replace(machine, profile=with_profiles(machine.profile, [asked]))
     if machine.profile.roofline.measured:
         return machine
-    shipped = profiles_for(profiles_path() / "devices", machine.profile.device)
-    return replace(machine, profile=with_profiles(machine.profile, shipped))
+
+    def shipped(table: ProfileTable) -> ProfileTable:
+        return with_profiles(table, profiles_for(profiles_path() / "devices", table.device))
+
+    others = {kind: shipped(table) for kind, table in machine.others.items()}
+    return replace(machine, profile=shipped(machine.profile), others=others)
 
 
 def _is_of_this_processor(profile: ProfileFile) -> bool:
@@ -95,7 +109,10 @@ def _plain_machine(cluster: str | Path | DeviceGraph | None, devices: int | None
         return Machine(*local_machine(parse_local(str(cluster)), measure_host))
     else:
         graph = find_cluster(str(cluster))
-    return Machine(graph, data_sheet_profile(graph, precision))
+    profile = data_sheet_profile(graph, precision)
+    kinds = sorted({device.kind for device in graph.devices} - {profile.device})
+    others = {k: _by_data_sheet([d for d in graph.devices if d.kind == k], precision) for k in kinds}
+    return Machine(graph, profile, others)
 
 
 def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
@@ -108,7 +125,11 @@ def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
         if precision not in device.peak_flop_per_s:
             known = ", ".join(device.peak_flop_per_s)
             raise UsageError(f"device {device.id!r} ({device.kind}) has no {precision} rate, only {known}")
-    slowest = min(graph.devices, key=lambda d: (d.peak_flop_per_s[precision], d.memory_bandwidth_bytes_per_s))
+    return _by_data_sheet(graph.devices, precision)
+
+
+def _by_data_sheet(devices: Sequence[Device], precision: str) -> ProfileTable:
+    slowest = min(devices, key=lambda d: (d.peak_flop_per_s[precision], d.memory_bandwidth_bytes_per_s))
     roofline = Roofline.of_data_sheet(slowest.peak_flop_per_s[precision], slowest.memory_bandwidth_bytes_per_s)
     return ProfileTable(slowest.kind, roofline)
 
@@ -161,7 +182,9 @@ def machine_of_links(
         })  # fmt: skip
     else:
         kind = _device_kind(device or found["accelerator"], named=device is not None)
-    return measured_graph(name, nodes, ranks_per_node, kind, collectives)
+    graph = measured_graph(name, nodes, ranks_per_node, kind, collectives)
+    speeds = found.get("speeds", [1.0] * len(graph.devices))
+    return replace(graph, devices=tuple(replace(d, speed=s) for d, s in zip(graph.devices, speeds, strict=True)))
 
 
 def refuse_unknown_accelerator(device: str | None) -> None:

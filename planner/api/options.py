@@ -24,15 +24,22 @@ class Options:
         dimensions: that may be split. The default is all but space, and space too where there are fewer samples than
             devices; a fixed strategy as the solver adds its own to it.
         mesh: such as ``node=2,gpu=4``; candidates are searched where None.
-        time_limit_s: for the integer program and for further candidate meshes.
+        time_limit_s: for the search, which then gives the best plan until there; what it goes through is otherwise
+            decided by counts. Pipelines look at it between their candidates only.
         constraints: on single layers.
         parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``.
         halo_overlap: ``auto``: halo exchanges run beside computation where that is predicted to be faster; or
             ``always``, or ``never``.
+        shares: ``auto``: where devices are not equally fast, pieces in proportion to their speeds are tried too; or
+            ``equal`` pieces only.
+        halo_recompute: ``auto``: every rank computes the rows of neighbours itself where that is predicted to be
+            faster than an exchange (not of fixed strategies); ``always``: wherever it can; or ``never``.
         all_devices: use all devices even where fewer are faster.
         stages: of a pipeline; 1 for none, ``auto`` for one where it is predicted to be faster.
         schedule: a kind of ``planner.ir.schedule``; the fastest that equals one device if None.
         microbatches: that a batch is cut in; the fastest number if None.
+        branches: ``auto``: branches of the network on different ranks at the same time, where that is predicted to be
+            faster (``planner.search.branches``); or ``none``.
     """
 
     solver: str = "auto"
@@ -47,10 +54,13 @@ class Options:
     constraints: Constraints = NO_CONSTRAINTS
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
     halo_overlap: Literal["auto", "always", "never"] = "auto"
+    shares: Literal["auto", "equal"] = "auto"
+    halo_recompute: Literal["auto", "always", "never"] = "auto"
     all_devices: bool = False
     stages: int | Literal["auto"] = 1
     schedule: str | None = None
     microbatches: int | None = None
+    branches: Literal["auto", "none"] = "auto"
 
 
 def options_of(**asked: Any) -> Options:

@@ -15,9 +15,11 @@ from planner.cost.halo import HaloOverlap
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
 from planner.cost.sharding import ParameterSharding
-from planner.cost.table import CostTable, collector_paused, least_compute_s
+from planner.cost.shares import Proportions
+from planner.cost.table import CostTable, collector_paused, layer_pieces, least_compute_s
+from planner.deadline import OutOfTimeError, deadline
 from planner.devices.graph import DeviceGraph
-from planner.errors import InfeasibleError, UnknownNameError, UsageError
+from planner.errors import InfeasibleError, LayerwiseError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
 from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
@@ -26,23 +28,25 @@ from planner.ir.rules import InputOutput, default_io
 from planner.ir.schedule import CYCLIC, ScheduleKind
 from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_pipelined_plan, build_plan
-from planner.plan.schema import InputTensor, Plan
+from planner.plan.schema import BranchesPart, InputTensor, Plan
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
-from planner.search.auto import SOLVERS, Planned, Search, Start
+from planner.search.auto import SOLVERS, Branches, Planned, Search, Start
 from planner.search.fixed import ALIASES, FIXED
 from planner.search.problem import Limits, Status
+from planner.search.recompute import HaloRecompute
 from planner.space.constraints import texts
-from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, enumerate_splits
+from planner.space.enumerate import DEFAULT_DIMENSIONS, SearchSpace, enumerate_splits, equal_pieces
 
 if TYPE_CHECKING:
     from runtime.namespaces import Hosts
 
 from planner.api.baselines import Baseline, baselines
+from planner.api.branches import best_with_branches, branch_floor
 from planner.api.machine import Machine, machine_of, time_layers
 from planner.api.meshes import Counts, fewer_meshes, whole_meshes
 from planner.api.options import Options, Origin, options_of
-from planner.api.pipelines import Pipeline, best_pipeline, pipelined
+from planner.api.pipelines import Pieces, Pipeline, best_pipeline, pipelined, refuse_uneven
 from planner.api.tour import EQUAL, Tour, fastest
 
 _log = logging.getLogger(__name__)
@@ -53,8 +57,13 @@ CYCLIC_NAMES = frozenset(kind.value for kind in CYCLIC)
 ONE_STAGE = "one stage"
 """The best plan without a pipeline, among the baselines of one with."""
 
+BESIDE = 0.05
+"""Of the time limit: what the fixed strategies beside a plan may take, where the search has not priced them; or"""
+LEAST_BESIDE_S = 2.0
 MEASURE_TARGET_S = 1.0
 """Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
+LAYERS_A_LINE = 10
+"""Timed layers for each line of the log."""
 
 
 def _not_there(batch: int) -> TracedModel:
@@ -79,8 +88,37 @@ class Planner:
     origin: Origin
     retraced: Callable[[int], TracedModel] = field(default=_not_there, compare=False)
     _searches: dict[Mesh, Search] = field(init=False, default_factory=dict, compare=False)
+    _found: list[tuple[Search, Planned]] = field(init=False, default_factory=list, compare=False)
     _models: dict[Mesh, CostModel] = field(init=False, default_factory=dict, compare=False)
     _baselines: list[tuple[Baseline, ...]] = field(init=False, default_factory=list, compare=False)
+
+    def on(self, machine: Machine, batch: int) -> "Planner":
+        """Return the planner of the same request for another machine, and for so many samples a step.
+
+        Raises:
+            UsageError: a constraint or the mesh names what the machine has not.
+        """
+        traced = self.traced if batch == self.traced.layers.batch else self.retraced(batch)
+        found = replace(self, traced=traced, machine=machine)
+        found.refuse_unknown_names()
+        return found
+
+    def with_solver(self, name: str) -> "Planner":
+        """Return the planner with another solver, none of the fixed ones; what was priced is not priced again."""
+        found = replace(self, options=replace(self.options, solver=name))
+        found._searches.update(self._searches)
+        found._models.update(self._models)
+        return found
+
+    def refuse_unknown_names(self) -> None:
+        """Check that constraints name layers and axes that there are.
+
+        Raises:
+            UsageError: one does not.
+        """
+        if self.options.constraints:
+            levels = [level.name for level in self.machine.graph.levels]
+            self.options.constraints.refuse_unknown(self.traced.layers, self.meshes(), levels)
 
     def meshes(self) -> list[Mesh]:
         """Return the candidate meshes over all devices: the one asked for, or whole levels and their factorings."""
@@ -143,7 +181,15 @@ class Planner:
             InfeasibleError: the constraints leave a layer none.
         """
         constraints = self.options.constraints
-        return enumerate_splits(self.traced.layers, mesh, self.io(mesh), self.dimensions, constraints)
+        model = self.cost_model(mesh)
+        shares = equal_pieces if self.options.shares == "equal" else Proportions(model).of_layer
+        return enumerate_splits(self.traced.layers, mesh, self.io(mesh), self.dimensions, constraints, shares)
+
+    @property
+    def share_factor(self) -> int:
+        """By how much shares multiply the pairs of splits: nearly every split is tried with equal pieces and others."""
+        different = {(device.kind, device.speed) for device in self.machine.graph.devices}
+        return 4 if len(different) > 1 and self.options.shares == "auto" else 1
 
     def io(self, mesh: Mesh) -> InputOutput:
         """Return how ranks of a mesh pass the batch."""
@@ -154,7 +200,9 @@ class Planner:
         """Return what prices layers and transfers on a mesh; made once."""
         if mesh not in self._models:
             machine = self.machine
-            self._models[mesh] = CostModel.of(self.traced.layers, machine.graph, mesh, machine.profile, self.settings)
+            self._models[mesh] = CostModel.of(
+                self.traced.layers, machine.graph, mesh, machine.profile, self.settings, machine.others
+            )
         return self._models[mesh]
 
     @property
@@ -170,22 +218,26 @@ class Planner:
         self,
         meshes: Sequence[Mesh] | None = None,
         memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+        microbatches: Sequence[int] = (),
     ) -> list[PieceKey]:
         """Return every piece of a layer that a search can ask for and that computes anything, each once.
 
         Args:
             meshes: that are searched; all candidates if left out, over all devices and over fewer.
             memory_format: of the pieces; the runtime computes contiguously, and plans are priced so.
+            microbatches: numbers of them with which pipelines are searched too, on all numbers of devices of a stage.
+
+        Raises:
+            UsageError: a number of micro-batches does not divide the batch.
         """
         found: dict[PieceKey, None] = {}
         every = [*self.meshes(), *(mesh for _, mesh in self.fewer_meshes())]
         for mesh in every if meshes is None else meshes:
-            model, space = self.cost_model(mesh), self.space(mesh)
-            for layer in self.traced.layers.layers:
-                locals_of = (
-                    replace(model.local(layer, split), memory_format=memory_format) for split in space.splits[layer.id]
-                )
-                found.update(dict.fromkeys(local.piece for local in locals_of if local.has_kernel))
+            found.update(dict.fromkeys(layer_pieces(self.space(mesh), self.cost_model(mesh), memory_format)))
+        pieces = Pieces(self)
+        for count in microbatches:
+            refuse_uneven(count, self.traced.layers.batch)
+            found.update(dict.fromkeys(replace(p, memory_format=memory_format) for p in pieces.kernels(count)))
         return list(found)
 
     def layer_keys(self) -> list[str]:
@@ -209,25 +261,82 @@ class Planner:
         """Return the best plan over the candidate meshes, with the search it comes from.
 
         Its lower bound is that of all meshes that were searched. ``auto`` is no slower than any fixed strategy that the
-        user allows: where one is faster, it goes on from there.
+        user allows: where one is faster, it goes on from there. Where the time limit ends the search, the best plan
+        until then is returned.
 
         Raises:
-            LayerwiseError: there is no plan on any mesh.
+            LayerwiseError: there is no plan on any mesh, or none yet when time was over.
         """
         with collector_paused():
-            return self._best()
+            try:
+                with deadline(self.options.time_limit_s):
+                    return self._best()
+            except OutOfTimeError:
+                found = self.so_far()
+                if found is None:
+                    raise
+                _log.warning("time limit: this is the best plan until then; a longer one may find better plans")
+                return found
+
+    def so_far(self) -> tuple[Search, Planned] | None:
+        """Return the best plan that a search came by until it was ended, where there is one (`auto` only)."""
+        found = list(self._found)
+        if self.options.solver == "auto":
+            finished = {id(search) for search, _ in found}
+            for mesh, search in self._searches.items():
+                planned = None if id(search) in finished else search.so_far()
+                if planned is not None:
+                    bound_s = max(planned.lower_bound_s, self.floor_s(mesh))
+                    found.append((search, replace(planned, lower_bound_s=bound_s)))
+        if not found:
+            return None
+        search, planned = fastest(found)
+        return search, replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
 
     def _best(self) -> tuple[Search, Planned]:
-        found = Tour(self).go()
+        self._found.clear()
+        found = list(Tour(self, self._found).go())
         search, planned = fastest(found)
         if self.options.solver == "auto" and (faster := self._fastest_fixed(planned.timeline.step_s)) is not None:
             search = self.search(faster.search.table.space.mesh)
             choice = search.table.choice(faster.strategy)
             planned = search.refine([Start(choice, faster.planned.timeline.step_s, faster.planned.bucket_bytes)])
             found.append((search, planned))
+        if self.options.solver == "auto" and self.options.branches == "auto":
+            (search, planned), found = best_with_branches((search, planned), found, self.limit_bytes)
         planned = replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
         is_proven = self.options.solver == "auto" and planned.gap <= EQUAL
-        return search, replace(planned, status=Status.OPTIMAL) if is_proven else planned
+        planned = replace(planned, status=Status.OPTIMAL) if is_proven else planned
+        return self._recomputed(search, planned, [each for each, _ in found])
+
+    def _recomputed(self, search: Search, planned: Planned, searched: Sequence[Search]) -> tuple[Search, Planned]:
+        """Return a plan with halos recomputed where that is faster, or told: this one, or one that is cut in space.
+
+        The bound of the search is that of plans that exchange; one that recomputes has that of computing alone.
+        Where messages are slow the search leaves space alone, which recomputing could have made the fastest. So `auto`
+        looks at the fixed strategies that cut space as well.
+        """
+        wish = HaloRecompute(self.options.halo_recompute)
+        if wish is HaloRecompute.AUTO and self.options.solver in FIXED:
+            return search, planned  # what it is, not what is fastest
+        best = search.with_recomputing(planned, wish)
+        own = best[1]
+        if wish is HaloRecompute.AUTO and self.options.solver == "auto" and self.dimensions & SPATIAL_DIMENSIONS:
+            for baseline in self.baselines():
+                if not baseline.note and baseline.search.fits(baseline.planned):
+                    other = baseline.search.with_recomputing(baseline.planned, wish)
+                    if other[1].timeline.step_s < best[1].timeline.step_s * (1 - EQUAL):
+                        best = other
+        if best[1] is planned:
+            return search, planned
+        branches = planned.branches
+        floors = (self.floor_s(x.table.space.mesh) if branches is None else branch_floor(x) for x in searched)
+        floor_s = min(planned.lower_bound_s, *floors)
+        if branches is not None and best[1] is not own:
+            branches = replace(branches, taken=())  # a fixed strategy computes none at the same time
+        return best[0], replace(
+            best[1], solver=planned.solver, status=Status.FEASIBLE, lower_bound_s=floor_s, branches=branches
+        )
 
     def _fastest_fixed(self, step_s: float) -> Baseline | None:
         """Return the fastest fixed strategy that could have been planned, if it is faster than this step."""
@@ -246,7 +355,22 @@ class Planner:
         return self._baselines[0]
 
     def plan(self) -> Plan:
-        """Return the best plan with the fixed strategies beside it; a pipeline where that is asked for, or faster."""
+        """Return the best plan with the fixed strategies beside it; a pipeline where that is asked for, or faster.
+
+        Raises:
+            LayerwiseError: there is no plan.
+            InterruptedSearchError: Ctrl-C came first; has the best plan until then, if there is one.
+        """
+        try:
+            return self._plan()
+        except KeyboardInterrupt:
+            found = self.so_far()
+            if found is None:
+                raise
+            beside = self._baselines[0] if self._baselines else ()
+            raise InterruptedSearchError(self._plan_beside(beside, *found)) from None
+
+    def _plan(self) -> Plan:
         if self.options.stages == 1:
             return self.plan_of(*self.best())
         alone, _ = _tried(self.best)
@@ -269,9 +393,18 @@ class Planner:
         return build_pipelined_plan(pipelined(pipeline), beside, self._request())
 
     def plan_of(self, search: Search, planned: Planned) -> Plan:
-        """Return a strategy as a plan, with the fixed strategies beside it."""
-        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
-        return build_plan(search.table, _found(planned), beside, self._request())
+        """Return a strategy as a plan, with the fixed strategies beside it; without, where they would take too long."""
+        beside: Sequence[Baseline] = ()
+        try:
+            with deadline(max(BESIDE * self.options.time_limit_s, LEAST_BESIDE_S)):
+                beside = self.baselines()
+        except OutOfTimeError:
+            _log.warning("time limit: the plan is held against no fixed strategy")
+        return self._plan_beside(beside, search, planned)
+
+    def _plan_beside(self, beside: Sequence[Baseline], search: Search, planned: Planned) -> Plan:
+        others = [_found(baseline.planned, baseline.note) for baseline in beside]
+        return build_plan(search.table, _found(planned), others, self._request())
 
     def _request(self) -> Request:
         """Return what the plan was asked for; its inputs are those of the whole batch."""
@@ -289,25 +422,44 @@ class Planner:
             self.limit_bytes,
             self.origin.command,
             tuple(texts(self.options.constraints)),
+            self.traced.changes,
         )
+
+
+class InterruptedSearchError(KeyboardInterrupt):
+    """Ctrl-C ended a search that had a plan.
+
+    Attributes:
+        plan: the best until then; it is held against those fixed strategies that were priced.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("the search was interrupted")
+        self.plan = plan
 
 
 T = TypeVar("T")
 
 
-def _tried(call: Callable[[], T]) -> tuple[T | None, InfeasibleError | None]:
-    """Return what a call returns, or why nothing fits."""
+def _tried(call: Callable[[], T]) -> tuple[T | None, LayerwiseError | None]:
+    """Return what a call returns, or why there is no plan."""
     try:
         return call(), None
-    except InfeasibleError as error:
+    except (InfeasibleError, OutOfTimeError) as error:
         return None, error
 
 
 def _found(planned: Planned, note: str = "") -> Found:
     return Found(
         planned.solver, planned.status.value, planned.lower_bound_s, planned.gap, planned.choice,
-        planned.bucket_bytes, planned.timeline, planned.num_replaced, note,
+        planned.bucket_bytes, planned.timeline, planned.num_replaced, note, _branches_part(planned.branches),
     )  # fmt: skip
+
+
+def _branches_part(found: Branches | None) -> BranchesPart | None:
+    if found is None:
+        return None
+    return BranchesPart(regions=found.num_regions, bound=found.bound, step_s=found.step_s, taken=list(found.taken))
 
 
 def prepare(
@@ -324,21 +476,17 @@ def prepare(
         UsageError: an option is unknown.
         TraceError: the model cannot be traced.
     """
-    if options.solver not in SOLVERS:
-        raise UnknownNameError("solver", options.solver, SOLVERS)
+    _refuse_unknown(options)
     inputs = [*example_inputs, *example_keywords.values()]
     if not inputs or not inputs[0].dim() or inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
     if any(x.shape[:1] != inputs[0].shape[:1] for x in inputs):
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise UsageError(f"every input needs the batch as its first size, but the inputs have shapes {shapes}")
-    if options.parameter_sharding not in set(ParameterSharding):
-        raise UnknownNameError("parameter sharding", options.parameter_sharding, [s.value for s in ParameterSharding])
     _refuse_pipeline(options)
-    if options.halo_overlap not in set(HaloOverlap):
-        raise UnknownNameError("halo overlap", options.halo_overlap, [wish.value for wish in HaloOverlap])
     options = replace(options, solver=ALIASES.get(options.solver, options.solver))
     start = time.perf_counter()
+    _log.info("tracing %s", origin.name)
     traced = trace_layers(model, tuple(example_inputs), origin.name, keywords=example_keywords)
     _log.info("trace: %d layers, %.2f s", len(traced.layers.layers), time.perf_counter() - start)
 
@@ -348,10 +496,26 @@ def prepare(
         return trace_layers(model, tuple(smaller), origin.name, keywords=named)
 
     planner = Planner(traced, machine, options, origin, retraced)
-    if options.constraints:
-        levels = [level.name for level in machine.graph.levels]
-        options.constraints.refuse_unknown(traced.layers, planner.meshes(), levels)
+    planner.refuse_unknown_names()
     return planner
+
+
+def _refuse_unknown(options: Options) -> None:
+    """Check every option that is one of a few names.
+
+    Raises:
+        UnknownNameError: it is none of them.
+    """
+    for kind, name, known in (
+        ("solver", options.solver, SOLVERS),
+        ("parameter sharding", options.parameter_sharding, ParameterSharding),
+        ("shares", options.shares, ("auto", "equal")),
+        ("choice of branches", options.branches, ("auto", "none")),
+        ("halo overlap", options.halo_overlap, HaloOverlap),
+        ("halo recompute", options.halo_recompute, HaloRecompute),
+    ):
+        if name not in tuple(known):
+            raise UnknownNameError(kind, name, [str(each) for each in known])
 
 
 def _refuse_pipeline(options: Options) -> None:
@@ -366,15 +530,34 @@ def _refuse_pipeline(options: Options) -> None:
         raise UsageError(f"--stages {options.stages}: give auto, or a number of at least 1")
     if options.stages == 1 and (options.schedule is not None or options.microbatches is not None):
         raise UsageError("--schedule and --microbatches are of a pipeline: add --stages auto, or a number")
+    if options.parameter_sharding != ParameterSharding.NONE.value and options.schedule in {
+        *CYCLIC_NAMES, ScheduleKind.ZERO_BUBBLE.value,
+    }:  # fmt: skip
+        raise UsageError(
+            f"--schedule {options.schedule} needs whole parameters on every rank: use gpipe, 1f1b or interleaved, or "
+            "leave --parameter-sharding out"
+        )
     if options.microbatches is not None and options.microbatches < 1:
         raise UsageError(f"--microbatches {options.microbatches}: give at least 1")
     if options.schedule in CYCLIC_NAMES and options.microbatches not in {None, 1}:
         raise UsageError(f"--schedule {options.schedule} works on whole batches: leave --microbatches out")
-    if options.stages != 1 and options.mesh is not None:
+    if options.stages != 1:
+        _refuse_of_one_stage(options)
+
+
+def _refuse_of_one_stage(options: Options) -> None:
+    """Check that nothing is asked of a pipeline that only plans of one stage have.
+
+    Raises:
+        UsageError: something is.
+    """
+    if options.mesh is not None:
         raise UsageError("--mesh is the mesh of a plan of one stage; --stages chooses the meshes of its stages")
-    if options.stages != 1 and options.solver != "auto":
+    if options.solver != "auto":
         raise UsageError(f"--solver {options.solver} is for plans of one stage; --stages has a search of its own")
-    if options.stages != 1 and options.io not in {None, "global"}:
+    if options.halo_recompute == "always":
+        raise UsageError("--halo-recompute always is for plans of one stage; the stages of a pipeline exchange halos")
+    if options.io not in {None, "global"}:
         raise UsageError("pipelined plans take the whole batch (--io global)")
 
 
@@ -394,14 +577,19 @@ def plan_model(
 
     Args:
         model: any CNN; weights may be on the meta device.
-        example_inputs: tensors with the global batch as their first size, on any device.
+        example_inputs: tensors with the global batch as their first size, such as (256, 3, 224, 224), on any device
+            (meta is enough); their values do not matter.
         cluster: a name such as ``4xa100-nvlink``, a path, or a graph; ``local-N`` is this host.
         devices: that many equal accelerators; exactly one of cluster, devices and machine.
         machine: a graph with a profile of its devices.
         origin: for the plan's provenance.
         example_keywords: inputs that ``forward`` takes by keyword, by name.
         profile: path of a device profile, see ``machine_of``.
-        options: as of ``options_of``.
+        options: the fields of ``Options``, such as ``memory_limit_bytes=16 * 2**30``; and ``pin``, ``forbid`` and
+            ``tie``, texts or lists of them as on the command line.
+
+    Returns:
+        The plan with the shortest predicted step: all times in it are seconds, all sizes bytes.
 
     Raises:
         LayerwiseError: see ``planner.errors`` for the cases.
@@ -426,14 +614,19 @@ def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner
     keys = dict.fromkeys(sized(piece, rates, MEASURE_TARGET_S).text for piece in planner.layer_pieces())
     layers: dict[str, Measurement] = {}
 
+    done = 0
+
     def keep(key: str, found: Measurement | None) -> None:
+        nonlocal done
+        done += 1
         if found is not None:
             layers[key] = found
+        if done % LAYERS_A_LINE == 0:
+            _log.info("timed %d of %d layers", done, len(keys))
 
     time_layers(list(keys), keep, ranks_at_once=count, hosts=hosts)
     _log.info("profile: %d layers timed in %.1f s", len(layers), time.perf_counter() - start)
-    profile = replace(machine.profile, layers=layers)
-    return replace(planner, machine=Machine(machine.graph, profile))
+    return replace(planner, machine=replace(machine, profile=replace(machine.profile, layers=layers)))
 
 
 def example_inputs(

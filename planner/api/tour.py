@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from planner.api.meshes import MAX_PAIRS, Counts, factorings, num_pairs
+from planner.deadline import OutOfTimeError
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError, UsageError
 from planner.ir.mesh import Mesh
 from planner.search.auto import Planned, Search
@@ -29,11 +30,16 @@ def fastest(found: Sequence[tuple[Search, Planned]]) -> tuple[Search, Planned]:
 
 
 class Tour:
-    """Goes through candidate meshes, keeps the plans and leaves out what cannot be faster than the best."""
+    """Goes through candidate meshes, keeps the plans and leaves out what cannot be faster than the best.
 
-    def __init__(self, planner: "Planner") -> None:
+    Args:
+        planner: what is planned.
+        found: gets the plans, as they are found.
+    """
+
+    def __init__(self, planner: "Planner", found: list[tuple[Search, Planned]]) -> None:
         self._planner, self._solver = planner, planner.options.solver
-        self._found: list[tuple[Search, Planned]] = []
+        self._found = found
         self._failure: LayerwiseError | None = None
         self._start = time.perf_counter()
         self._left = MAX_PAIRS
@@ -78,7 +84,7 @@ class Tour:
         if self._left >= 0 and self._found and time.perf_counter() - self._start > planner.options.time_limit_s:
             _log.warning("time limit: %d candidate meshes searched", len(self._found))
             self._left = -1
-        pairs = num_pairs(planner.traced.layers, planner.dimensions, len(mesh.axes))
+        pairs = num_pairs(planner.traced.layers, planner.dimensions, len(mesh.axes)) * planner.share_factor
         if pairs > self._left:
             return None
         try:
@@ -97,9 +103,12 @@ class Tour:
 
     def _solve(self, mesh: Mesh) -> None:
         name = "x".join(map(str, mesh.shape)) or "1"
+        _log.info("searching mesh %s", name)
         try:
             search = self._planner.search(mesh)
             planned = search.solve(self._solver)
+        except OutOfTimeError:
+            raise
         except (InfeasibleError, NoPlanError, UsageError) as error:  # another mesh may do
             _log.info("mesh %s: %s", name, error)
             self._failure = self._failure or error

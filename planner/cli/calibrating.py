@@ -43,8 +43,6 @@ def calibrate(
 
     The model is built from its source, which runs its code.
     """
-    from planner.api import local_layers
-
     plan = read_plan(path)
     if plan.is_pipelined:
         raise UsageError(
@@ -54,7 +52,10 @@ def calibrate(
     found = read_measured(measured, plan)
     before = None if profile is None else read_profile(profile)
     refuse_unwritable(output)
-    pieces = local_layers(plan)
+    with terminal.working(f"tracing {plan.model.name}"):
+        from planner.api import local_layers
+
+        pieces = local_layers(plan)
     entries = measurements_of(pieces, found, before)
     if not entries:
         raise UsageError("none of the plan's layers computes anything that a profile could hold")

@@ -62,10 +62,13 @@ def demo(
         "are measured first; each strategy trains the same network on the same batches.\n"
     )
     with _hosts(link) as hosts:
-        machine = _machine(hosts)
+        with terminal.working("measuring this machine"):
+            machine = _machine(hosts)
         for case in CASES:
-            plans = _plans(case, machine, hosts)
-            found = _train(case, plans, hosts)
+            with terminal.working(f"planning {case.model}"):
+                plans = _plans(case, machine, hosts)
+            with terminal.working(f"training {case.model} under {len(plans) + 2} strategies, {case.steps} steps each"):
+                found = _train(case, plans, hosts)
             _report(console, case, plans, found, link)
             last = plans[PLANNED]
     last.save(output)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from planner.cli.launched import is_rank
 from planner.cli.racing import refuse_too_many
 from planner.cli.terminal import Terminal, rendered
 from planner.errors import LayerwiseError, RunError, UsageError
@@ -36,22 +37,22 @@ def doctor(
 ) -> None:
     """Check this machine: versions, devices and settings, every collective, and a small training against one device.
 
-    Checks run on local processes, or on the ranks of torchrun: over gloo on the CPU, over NCCL where every rank has a
-    GPU, and with several ranks on one GPU where there are fewer. Exits with 5 where a check fails.
+    Checks run on local processes, or on the ranks of torchrun or srun: over gloo on the CPU, over NCCL where every rank
+    has a GPU, and with several ranks on one GPU where there are fewer. Exits with 5 where a check fails.
     """
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if under_torchrun and ranks is not None:
+    under_launcher = is_rank()
+    if under_launcher and ranks is not None:
         raise UsageError("--ranks starts processes here, but torchrun has started this one: leave it out")
-    if not under_torchrun:
+    if not under_launcher:
         refuse_too_many(ranks or 2, "doctor --ranks")
-    if under_torchrun:
+    if under_launcher:
         size, is_first = _world_size(), os.environ["RANK"] == "0"
     else:
         size, is_first = ranks or 2, True
     if is_first:
         terminal.out.print(rendered(_machine_table(size)))
         terminal.out.print()
-    found = _as_rank(size, timeout) if under_torchrun else _locally(size, timeout, terminal)
+    found = _as_rank(size, timeout) if under_launcher else _locally(size, timeout, terminal)
     if is_first:
         terminal.out.print(rendered(_checks_table(found)))
     failed = [row for row in found if row["reason"]]
@@ -104,14 +105,14 @@ def _job(size: int, shared: bool, timeout_s: float, terminal: Terminal) -> list[
     from runtime.launch import run_local
 
     kind = "sharing GPUs" if shared else "each with what it finds"
-    terminal.err.print(f"checking with {size} local processes, {kind} ...")
     # a collective gives up first, so that the report names it
     argument: dict[str, Any] = {"plans": _plans(size), "timeout_s": timeout_s / 2, "shared": shared}
     try:
-        results = run_local(
-            "runtime.doctor:examine", argument, num_ranks=size, timeout_s=timeout_s,
-            threads_per_rank=threads_per_rank(size),
-        )  # fmt: skip
+        with terminal.working(f"checking with {size} local processes, {kind}"):
+            results = run_local(
+                "runtime.doctor:examine", argument, num_ranks=size, timeout_s=timeout_s,
+                threads_per_rank=threads_per_rank(size),
+            )  # fmt: skip
     except LayerwiseError as error:
         return [{"where": f"{size} local processes", "check": "start and end", "seconds": 0.0, "reason": str(error)}]
     return _merged(results)  # type: ignore[arg-type]  # what examine returns

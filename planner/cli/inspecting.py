@@ -12,6 +12,7 @@ from planner.cli.planning import refuse_unwritable
 from planner.cli.terminal import Rendered, Terminal, as_text, rendered
 from planner.ir.canonical import write_atomically
 from planner.report import inspection
+from planner.report.dot import dot
 
 if TYPE_CHECKING:
     from planner.ir.graph import LayerGraph
@@ -26,13 +27,16 @@ def inspect(
     evaluation: Annotated[
         bool, typer.Option("--eval", help="As the model runs in evaluation: no dropout, no batch statistics.")
     ] = False,
-    form: Annotated[Literal["table", "json", "csv"], typer.Option("--format", help="What to print.")] = "table",
+    form: Annotated[
+        Literal["table", "json", "csv", "dot"], typer.Option("--format", help="What to print; dot is for Graphviz.")
+    ] = "table",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it here instead of stdout.")] = None,
 ) -> None:
     """List the layers of a model: shapes, parameters, FLOP, bytes, and what each can be split by."""
     if output is not None:
         refuse_unwritable(output)
-    graph = _layers(asked, batch, training=not evaluation)
+    with terminal.working(f"tracing {asked.model}"):
+        graph = _layers(asked, batch, training=not evaluation)
     rows = inspection.rows_of_layers(graph)
     summary = inspection.totals_sentence(inspection.totals_of(rows), graph, training=not evaluation)
     match form:
@@ -47,6 +51,8 @@ def inspect(
             text = json.dumps(inspection.document(graph, rows, training=not evaluation), indent=2) + "\n"
         case "csv":
             text = inspection.as_csv(rows)
+        case "dot":
+            text = dot(graph)
     if output is None:
         typer.echo(text, nl=False)
         return

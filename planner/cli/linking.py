@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from planner.cli.launched import is_rank
 from planner.cli.planning import refuse_unwritable
 from planner.cli.terminal import Terminal
 from planner.errors import UsageError
@@ -31,13 +32,13 @@ def links(
 ) -> None:
     """Time every collective over every level of this machine and write it as a cluster file.
 
-    Under torchrun on all hosts (rank 0 writes), or with --ranks on processes of this host. Plans for
+    Under torchrun or srun on all hosts (rank 0 writes), or with --ranks on processes of this host. Plans for
     --cluster FILE then use the measured times.
     """
+    under_launcher = is_rank()
     if os.environ.get("RANK", "0") == "0":
         refuse_unwritable(output)
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if under_torchrun == (ranks is not None):
+    if under_launcher == (ranks is not None):
         raise UsageError(
             "give --ranks N, or start this command with torchrun on every host"
             if ranks is None
@@ -48,7 +49,8 @@ def links(
     refuse_unknown_accelerator(device)
     nodes, per_node = _layout() if ranks is None else (1, ranks)
     argument = {"nodes": nodes, "ranks_per_node": per_node}
-    found = _as_rank(argument) if ranks is None else _locally(argument, ranks)
+    with terminal.working("timing links"):
+        found = _as_rank(argument) if ranks is None else _locally(argument, ranks)
     if found is None:
         return
     from planner.devices import write_cluster

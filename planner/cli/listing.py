@@ -40,8 +40,12 @@ def _shipped_table(pattern: str) -> Table:
     from planner.models import ENTRIES
 
     found = [entry for entry in ENTRIES.values() if fnmatch.fnmatch(entry.name, pattern)]
-    rows = tuple((entry.name, " x ".join(map(str, entry.input_shape)), entry.source) for entry in found)
+    rows = tuple((known.name, _sample(known.input_shapes), known.source) for known in found)
     return Table("Models", ("name", "one sample", "from"), rows, num_text=3)
+
+
+def _sample(inputs: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(" x ".join(map(str, shape)) for shape in inputs)
 
 
 def _library_table(library: str, pattern: str) -> Table:
@@ -87,11 +91,16 @@ def clusters(terminal: Terminal) -> None:
     )
 
 
-def schema() -> None:
+def schema(
+    partition: Annotated[
+        bool, typer.Option("--partition", help="Of the file that plan --objective writes, for inference.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of the plan file."""
-    from planner.plan.schema import json_schema
+    from planner.inference import schema as partitions
+    from planner.plan import schema as plans
 
-    typer.echo(json_schema())
+    typer.echo(partitions.json_schema() if partition else plans.json_schema())
 
 
 def _device_row(kind: "DeviceKind") -> tuple[str, ...]:

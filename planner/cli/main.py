@@ -12,8 +12,12 @@ import typer
 
 from planner.cli import (
     calibrating,
+    comparing,
+    decomposing,
     demo,
     doctor,
+    explaining,
+    exporting,
     fitting,
     inspecting,
     linking,
@@ -21,20 +25,20 @@ from planner.cli import (
     planning,
     profiling,
     reading,
+    reporting,
     reproducing,
     run,
     tracing,
 )
 from planner.cli.signature import with_fields
-from planner.cli.terminal import is_debugging
-from planner.errors import LayerwiseError
+from planner.cli.terminal import is_debugging, printable
+from planner.errors import EXIT_INTERRUPTED, LayerwiseError
 
 EXIT_BUG: Final = 1
-EXIT_INTERRUPTED: Final = 130
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: layerwise demo",
 )  # fmt: skip
 
 
@@ -46,13 +50,18 @@ def register(name: str, function: Callable[..., None]) -> None:
 register("plan", planning.plan)
 register("show", reading.show)
 register("check", reading.check)
-register("compare", planning.compare)
+register("explain", explaining.explain)
+register("diff", explaining.diff)
+register("compare", comparing.compare)
 register("run", run.run)
 register("trace", tracing.trace)
+register("report", reporting.report)
+register("export", exporting.export)
 register("calibrate", calibrating.calibrate)
 register("demo", demo.demo)
 register("doctor", doctor.doctor)
 register("inspect", inspecting.inspect)
+register("decompose", decomposing.decompose)
 register("reproduce", reproducing.reproduce)
 register("models", listing.models)
 register("clusters", listing.clusters)
@@ -108,7 +117,7 @@ def _run(arguments: Sequence[str]) -> int:
     except LayerwiseError as error:
         if is_debugging():
             traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

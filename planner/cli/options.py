@@ -92,8 +92,8 @@ class Asked(AskedModel):
         typer.Option(metavar="FILE|NAME", help="A machine, such as 4xa100-nvlink or local-4."),
     ] = None
     batch: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="B", help="Samples per step; 32 per device if left out."),
+        str | None,
+        typer.Option(metavar="B", help="Samples per step; 32 per device if left out. compare takes several: 128,256."),
     ] = None
     precision: Annotated[Literal["fp32", "tf32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32"
     optimizer: Annotated[Literal["sgd", "momentum", "adam"], typer.Option(help="For its memory and time.")] = "momentum"
@@ -163,6 +163,23 @@ class Asked(AskedModel):
         Literal["auto", "always", "never"],
         typer.Option(help="Exchange border rows beside computation: where that is predicted to be faster, or as told."),
     ] = "auto"
+    shares: Annotated[
+        Literal["auto", "equal"],
+        typer.Option(help="Where devices are not equally fast: pieces in proportion to their speeds, or equal ones."),
+    ] = "auto"
+    branches: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="Run branches of the network at the same time, on different ranks: where that is predicted to be "
+            "faster, or never."
+        ),
+    ] = "auto"
+    halo_recompute: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Compute border rows of neighbours instead: where that is predicted to be faster, or as told."
+        ),
+    ] = "auto"
     all_devices: Annotated[
         bool, typer.Option("--all-devices", help="Use every device, even where fewer are predicted to be faster.")
     ] = False
@@ -189,6 +206,17 @@ class Asked(AskedModel):
             metavar="FILE", help="A device profile to price layers with; those shipped for the device if left out."
         ),
     ] = None
+
+    def batches(self) -> tuple[int, ...]:
+        """Return all of ``--batch``."""
+        return () if self.batch is None else counts("--batch", self.batch)
+
+    def batch_size(self) -> int | None:
+        """Return the only one of ``--batch``."""
+        found = self.batches()
+        if len(found) > 1:
+            raise UsageError(f"--batch {self.batch}: only compare takes several batches, this command one")
+        return found[0] if found else None
 
     def dimensions(self) -> frozenset[Dimension] | None:
         """Return ``--dims``; ``in_channel`` stands for both of its forms."""
@@ -217,6 +245,18 @@ class Asked(AskedModel):
     def time_limit_s(self) -> float:
         """Return ``--time-limit``."""
         return parse_seconds(self.time_limit)
+
+
+def counts(option: str, text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as ``1,2,4``, each once.
+
+    Raises:
+        UsageError: one is none, or less than 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise UsageError(f"{option} {text!r} is not a number of at least 1, or several with commas between them")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _shape(sizes: str, text: str) -> Shape:

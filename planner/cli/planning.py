@@ -1,30 +1,29 @@
-"""``plan`` and ``compare``: the commands that search."""
+"""``plan``; and what every command that plans asks and refuses."""
 
-import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli.options import SAMPLES_PER_DEVICE, Asked, Timed
-from planner.cli.racing import raced, refuse_unraceable
+from planner.cli.options import SAMPLES_PER_DEVICE, Asked
+from planner.cli.placing import Placed, place
 from planner.cli.terminal import Terminal, rendered
-from planner.errors import UsageError
-from planner.report import measured, tables
+from planner.errors import EXIT_INTERRUPTED, UsageError
+from planner.plan import Plan
+from planner.report import tables
 
 if TYPE_CHECKING:
-    from planner.api import Comparison, Planner
+    from rich.console import Console
 
-EXIT_LOST: Final = 6
-"""Of ``compare --fail-if-lost``: a fixed strategy is faster."""
+    from planner.api import Machine, Planner
 
 
 def plan(
     context: typer.Context,
     asked: Asked,
+    placed: Placed,
     terminal: Terminal,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan here instead of stdout.")
@@ -32,75 +31,62 @@ def plan(
 ) -> None:
     """Find the fastest training step and write it as a plan.
 
-    Without -o the plan is printed on stdout, and nothing else is.
+    With --objective: place the network on small devices for inference, and write a partition. Without -o the file is
+    printed on stdout, and nothing else is.
     """
     if output is not None:
         refuse_unwritable(output)
-    found = prepared(asked, terminal, context.obj or "").plan()
+    if placed.objective is not None:
+        place(asked, placed, terminal, output, context.obj or "")
+        return
+    placed.refuse_for_training()
+    with terminal.working(f"planning {asked.model}"):
+        found, is_whole = _planned(prepared(asked, terminal, context.obj or ""), terminal)
     if found.schedule.num_microbatches > 1 and found.sync_batch_norm:
         terminal.err.print(
             "note: batch norms, if there are any, take their statistics over each micro-batch (as GPipe)"
         )
     if output is None:
         typer.echo(found.to_json(), nl=False)
-        return
+        _say_changes(found.model.changes, terminal.err)
+    else:
+        _save(found, output, terminal)
+    if not is_whole:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _planned(planner: "Planner", terminal: Terminal) -> tuple[Plan, bool]:
+    """Return the plan, and whether the search ended by itself."""
+    from planner.api.planning import InterruptedSearchError
+
+    try:
+        return planner.plan(), True
+    except InterruptedSearchError as error:
+        terminal.err.print("note: interrupted; this is the best plan until then")
+        return error.plan, False
+
+
+def _save(found: Plan, output: Path, terminal: Terminal) -> None:
+    """Write a plan, and print what it is held against."""
     found.save(output)
     rows = tables.rows_of_plan(found)
     terminal.err.print(rendered(tables.strategies(rows)))
     for sentence in tables.standing_sentences(rows, found.search.lower_bound_s):
         terminal.err.print(sentence)
+    _say_changes(found.model.changes, terminal.err)
+    for sentence in tables.branch_sentences(found.search.branches, found.totals.step_s):
+        terminal.err.print(sentence)
     terminal.err.print(f"wrote {output}")
 
 
-def compare(
-    asked: Asked,
-    timed: Timed,
-    terminal: Terminal,
-    fail_if_lost: Annotated[
-        bool, typer.Option("--fail-if-lost", help="Exit with 6 where a fixed strategy is faster.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run every strategy too, in local processes, a step of each in turn.")
-    ] = False,
-) -> None:
-    """Hold the planned strategy against every fixed one: by prediction and, with --measure, by the clock."""
-    from planner.api import compare_with
-
-    if asked.num_stages() != 1:
-        raise UsageError(
-            "compare holds plans of one stage against each other. The table of `layerwise plan --stages` has the best "
-            "of them beside the pipeline."
-        )
-    if measure:
-        refuse_unraceable(asked)
-    found = compare_with(prepared(asked, terminal))
-    runs = raced(found, timed, terminal) if measure else ()
-    rows = tables.rows_of_search(found.rows, found.fits, found.planner.traced.layers.batch, found.notes)
-    if as_json:
-        typer.echo(json.dumps(_document(found, rows) | _measurements(runs, timed), indent=2))
-    else:
-        terminal.out.print(rendered(tables.strategies(rows)))
-        planned = found.planned
-        terminal.out.print(tables.bound_sentence(planned.timeline.step_s, planned.lower_bound_s))
-        for sentence in tables.standing_sentences(rows, planned.lower_bound_s):
-            terminal.out.print(sentence)
-        if measure:
-            terminal.out.print()
-            terminal.out.print(rendered(measured.race(runs)))
-            for sentence in measured.race_sentences(runs):
-                terminal.out.print(sentence)
-    if fail_if_lost and found.planned_lost:
-        raise typer.Exit(EXIT_LOST)
-
-
-def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
+def prepared(asked: Asked, terminal: Terminal, command: str = "", on: "tuple[Machine, int] | None" = None) -> "Planner":
     """Return the traced model on its machine; what is wrong with a request shows here.
 
     Args:
         asked: the request.
         terminal: for notes.
         command: what was typed, for the plan's provenance.
+        on: machine and batch, where they are not those of the request.
 
     Raises:
         LayerwiseError: a part of the request is wrong, or the model cannot be traced.
@@ -116,20 +102,25 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "") -> "Planner":
         optimizer=asked.optimizer, sync_batch_norm=not asked.local_batch_norm, io=asked.io,
         dimensions=asked.dimensions() or DEFAULT_DIMENSIONS, mesh=asked.mesh, time_limit_s=asked.time_limit_s(),
         constraints=asked.constraints(), parameter_sharding=asked.parameter_sharding, all_devices=asked.all_devices,
-        halo_overlap=asked.halo_overlap, stages=asked.num_stages(), schedule=asked.schedule,
-        microbatches=asked.microbatches,
+        shares=asked.shares, halo_overlap=asked.halo_overlap, halo_recompute=asked.halo_recompute,
+        stages=asked.num_stages(), schedule=asked.schedule, microbatches=asked.microbatches, branches=asked.branches,
     )  # fmt: skip
-    machine = machine_of(asked.cluster, asked.devices, asked.precision, asked.profile)
+    machine, batch = on or (machine_of(asked.cluster, asked.devices, asked.precision, asked.profile), None)
     model = load_model(asked.model, arguments)
     shapes, named = asked.inputs_of(model.input_shapes)
     num_ranks = len(machine.graph.devices)
-    batch = asked.batch or SAMPLES_PER_DEVICE * num_ranks
+    batch = batch or asked.batch_size() or SAMPLES_PER_DEVICE * num_ranks
     if batch % num_ranks:
         terminal.err.print(f"note: {_uneven(batch, num_ranks)}")
     inputs = example_inputs(shapes, batch)
     keywords = dict(zip(named, example_inputs(tuple(named.values()), batch), strict=True))
     origin = Origin(model.name, model.source, arguments, command)
     return prepare(model.module, inputs, machine, options, origin, keywords)
+
+
+def _say_changes(changes: Sequence[str], console: "Console") -> None:
+    for sentence in tables.change_sentences(changes):
+        console.print(sentence)
 
 
 def _uneven(batch: int, num_ranks: int) -> str:
@@ -149,32 +140,3 @@ def refuse_unwritable(path: Path) -> None:
         raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is not writable")
-
-
-def _document(found: "Comparison", rows: tuple[tables.StrategyRow, ...]) -> dict[str, object]:
-    layers, machine = found.planner.traced.layers, found.planner.machine.graph
-    return {
-        "model": layers.name,
-        "batch": layers.batch,
-        "cluster": machine.name,
-        "lower_bound_s": found.planned.lower_bound_s,
-        "planned_lost": found.planned_lost,
-        "strategies": [dataclasses.asdict(row) for row in rows],
-    }
-
-
-def _measurements(runs: Sequence[measured.Raced], timed: Timed) -> dict[str, object]:
-    """Return what ``--measure`` adds to the document; nothing where nothing ran."""
-    if not runs:
-        return {}
-    rows = [dataclasses.asdict(row) | {"error": row.error} for row in runs]
-    swapped = [[swap.fast.name, swap.slow.name] for swap in measured.swaps(runs)]
-    return {
-        "measured": {
-            "steps": timed.steps,
-            "warmup": timed.warmup,
-            "strategies": rows,
-            "rank_correlation": measured.rank_correlation(runs),
-            "predicted_faster_measured_slower": swapped,
-        }
-    }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from planner.cli.options import Asked, AskedModel
 from planner.cli.planning import prepared, refuse_unwritable
@@ -51,6 +50,10 @@ class AskedLayers(AskedModel):
     dims: Annotated[str | None, typer.Option(metavar="LIST", help="What may be split, such as sample,out_channel.")] = (
         None
     )
+    microbatches: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Also pieces of stages, at these numbers of micro-batches, such as 1,4,8."),
+    ] = None
     local_batch_norm: Annotated[
         bool, typer.Option("--no-sync-batch-norm", help="Batch norms on each rank's own samples.")
     ] = False
@@ -75,9 +78,21 @@ class AskedLayers(AskedModel):
     def plan(self, model: str) -> Asked:
         """Return the request for a plan whose search asks for these pieces."""
         return Asked(
-            model, self.shapes, self.model_args, self.devices, self.cluster, self.batch, self.precision,
+            model, self.shapes, self.model_args, self.devices, self.cluster,
+            None if self.batch is None else str(self.batch), self.precision,
             dims=self.dims, mesh=self.mesh, local_batch_norm=self.local_batch_norm,
         )  # fmt: skip
+
+    def numbers_of_microbatches(self) -> tuple[int, ...]:
+        """Return ``--microbatches``.
+
+        Raises:
+            UsageError: it is no list of numbers.
+        """
+        numbers = [part.strip() for part in self.microbatches.split(",")] if self.microbatches else []
+        if not all(number.isdecimal() for number in numbers):
+            raise UsageError(f"--microbatches {self.microbatches}: give numbers, such as 1,4,8")
+        return tuple(map(int, numbers))
 
     def models(self) -> tuple[str, ...]:
         """Return the MODEL arguments.
@@ -120,13 +135,14 @@ def layers(
     threads = asked.threads or threads_per_rank(asked.ranks_at_once)
     here = environment(device, threads, asked.ranks_at_once, context.obj or "")
     recording = Recording.open(output, output.stem, here)
-    pieces = [piece for model in asked.models() for piece in _pieces(asked, model, terminal)]
+    with terminal.working("listing pieces"):
+        pieces = [piece for model in asked.models() for piece in _pieces(asked, model, terminal)]
     timing = functools.partial(
         time_layers, ranks_at_once=asked.ranks_at_once, threads=asked.threads, device=asked.device
     )
     with _threads(threads):
         rates = Rates.of(device, torch.bfloat16 if asked.precision == "bf16" else torch.float32)
-    with _bar(terminal) as progress:
+    with terminal.bar("timing layers") as progress:
         limits = Limits(repeat_s, budget_s or None)
         summary = measure_pieces(pieces, recording, timing, rates, limits, progress)
     for sentence in _sentences(summary, output):
@@ -147,7 +163,9 @@ def _refuse_device(asked: AskedLayers) -> None:
 
 def _pieces(asked: AskedLayers, model: str, terminal: Terminal) -> "list[PieceKey]":
     planner = prepared(asked.plan(model), terminal)
-    return planner.layer_pieces(None if asked.all_meshes else planner.meshes()[:1], asked.memory_format)
+    return planner.layer_pieces(
+        None if asked.all_meshes else planner.meshes()[:1], asked.memory_format, asked.numbers_of_microbatches()
+    )
 
 
 @contextlib.contextmanager
@@ -160,17 +178,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _bar(terminal: Terminal) -> Iterator[Callable[[float], None]]:
-    columns = (
-        TextColumn("timing layers"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=terminal.err, disable=terminal.quiet) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda share: bar.update(task, completed=share)
 
 
 def _sentences(summary: "Summary", output: Path) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from planner.cli.options import Asked, Timed
+from planner.cli.options import Timed
 from planner.cli.terminal import Terminal
 from planner.errors import UsageError
 from planner.report.measured import Raced, race_row
@@ -31,8 +31,12 @@ def refuse_too_many(num_ranks: int, what: str) -> None:
         )
 
 
-def refuse_unraceable(asked: Asked) -> None:
+def refuse_unraceable(name: str | None, devices: int | None) -> None:
     """Refuse a machine that local processes cannot stand for, before anything is measured or traced.
+
+    Args:
+        name: of its cluster.
+        devices: that are asked for, if it is not all of a cluster.
 
     Raises:
         UsageError: it has too many devices, or is none.
@@ -40,14 +44,14 @@ def refuse_unraceable(asked: Asked) -> None:
     from planner.devices.library import cluster
     from planner.measure.host import parse_local
 
-    if asked.devices is not None:
-        count = asked.devices
-    elif asked.cluster is None:
+    if devices is not None:
+        count = devices
+    elif name is None:
         return  # refused with the usual message
-    elif asked.cluster.startswith("local-"):
-        count = parse_local(asked.cluster)
+    elif name.startswith("local-"):
+        count = parse_local(name)
     else:
-        count = len(cluster(asked.cluster).devices)
+        count = len(cluster(name).devices)
     refuse_too_many(count, "compare --measure")
 
 

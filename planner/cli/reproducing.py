@@ -16,7 +16,9 @@ def reproduce(
     paper: Annotated[
         str,
         typer.Argument(
-            metavar="PAPER", help="One of flexflow, hypar, optcnn, owt, pase, pipedream, soybean.", show_default=False
+            metavar="PAPER",
+            help="One of dn2pciot, flexflow, hypar, optcnn, owt, oyama, pase, pipedream, soybean.",
+            show_default=False,
         ),
     ],
     terminal: Terminal,
@@ -35,7 +37,8 @@ def reproduce(
         if output.suffix != ".csv":
             raise UsageError(f"--output {str(output)!r}: the figures are written as CSV; give a name that ends in .csv")
         refuse_unwritable(output)
-    found = compute(paper)
+    with terminal.working(f"reproducing {paper}"):
+        found = compute(paper)
     terminal.out.print(found.paper)
     for table, notes in tables(found):
         terminal.out.print()

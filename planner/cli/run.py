@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planner.cli.launched import Launcher, is_rank
 from planner.cli.options import Timed
 from planner.cli.planning import refuse_unwritable
 from planner.cli.racing import refuse_too_many
@@ -15,6 +16,7 @@ from planner.cli.terminal import Terminal, rendered
 from planner.cli.tracing import Target, is_as_planned, note_other_machine
 from planner.errors import UsageError
 from planner.plan import Plan
+from planner.report.tables import change_sentences
 
 if TYPE_CHECKING:
     from planner.api import Machine, PricedStages
@@ -30,6 +32,7 @@ def run(
     terminal: Terminal,
     timed: Timed,
     target: Target,
+    launcher: Launcher,
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the measured seconds of every layer and phase here.")
     ] = None,
@@ -39,37 +42,34 @@ def run(
 ) -> None:
     """Run a plan on synthetic data; print predicted and measured seconds of the step, its parts and its layers.
 
-    Under torchrun, this process is one of the plan's ranks; otherwise local processes are started.
+    Under torchrun or srun, this process is one of the plan's ranks; otherwise it starts local ones, or some on Ray.
     The model's code is run, so run plans of people you trust.
     """
-    from planner.plan.measured_stages import MeasuredPipeline
     from planner.plan.schema import require_single_rank_count
 
     found = Plan.load(path)
-    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not is_rank or os.environ["RANK"] == "0":
+    launcher.refuse_unfit()
+    launched = is_rank()
+    if not launched or os.environ["RANK"] == "0":
         for place in (measured, trace):
             if place is not None:
                 refuse_unwritable(place)
     argument = {"plan": found.to_json(), "steps": timed.steps, "warmup": timed.warmup}
-    if is_rank:
+    if launched:
         require_single_rank_count(found, int(os.environ["WORLD_SIZE"]))
+        is_here = int(os.environ.get("LOCAL_WORLD_SIZE", found.num_ranks)) == found.num_ranks
         outcome = _as_rank(argument)
         if outcome is None:
             return
     else:
-        refuse_too_many(found.num_ranks, "the plan")
-        outcome = _locally(found, argument, timed.timeout)
-    timings, spans = _decoded(outcome)
+        with terminal.working(f"running {found.model.name} on {found.num_ranks} ranks"):
+            outcome, is_here = _started(found, argument, timed.timeout, launcher)
+    timings, spans = _decoded(outcome, has_cpu=launched or is_here)
     if measured is not None:
         timings.save(measured)
     if trace is not None:
         _write_trace(trace, found, timings, spans)
-    machine = _machine(found, target)
-    if isinstance(timings, MeasuredPipeline):
-        _report_stages(found, timings, machine, terminal)
-    else:
-        _report(found, timings, machine, terminal)
+    _print(found, timings, _machine(found, target, is_here), terminal)
     for place in filter(None, (measured, trace)):
         terminal.err.print(f"wrote {place}")
 
@@ -99,51 +99,69 @@ def _locally(plan: Plan, argument: dict[str, Any], timeout_s: float) -> dict[str
     return outcome
 
 
-def _decoded(outcome: dict[str, Any]) -> "tuple[Measured | MeasuredPipeline, Spans]":
-    """Return what the ranks sent, as values; the CPU is named here."""
+def _started(plan: Plan, argument: dict[str, Any], timeout_s: float, launcher: Launcher) -> tuple[dict[str, Any], bool]:
+    """Start the ranks; return the measurements, and whether all ran on this host."""
+    if launcher.is_on_this_host():
+        refuse_too_many(plan.num_ranks, "the plan")
+    if launcher.launcher == "ray":
+        return _on_ray(plan, argument, timeout_s, launcher.ray_address)
+    return _locally(plan, argument, timeout_s), True
+
+
+def _on_ray(plan: Plan, argument: dict[str, Any], timeout_s: float, address: str | None) -> tuple[dict[str, Any], bool]:
+    from runtime.ray import run_on_ray
+
+    # one axis over nodes and none inside of them: the plan is for one device of each
+    levels = {axis.name.rstrip("0123456789") for stage in plan.stages for axis in stage.mesh.axes}
+    found = run_on_ray(
+        "runtime.training:measure_plan", argument, num_ranks=plan.num_ranks, timeout_s=timeout_s, address=address,
+        apart=levels == {"node"},
+    )  # fmt: skip
+    outcome = found.results[0]
+    assert isinstance(outcome, dict)
+    return outcome, found.is_here
+
+
+def _decoded(outcome: dict[str, Any], has_cpu: bool) -> "tuple[Measured | MeasuredPipeline, Spans]":
+    """Return what the ranks sent, as values; the CPU is named here where rank 0 ran on it."""
     from planner.measure.host import cpu_name
     from planner.plan.measured import Measured
     from planner.plan.measured_stages import MeasuredPipeline
 
     kind: type[Measured | MeasuredPipeline] = MeasuredPipeline if "pipeline" in outcome else Measured
     found = kind.model_validate_json(json.dumps(outcome.get("pipeline") or outcome["measured"]))
-    facts = {**found.environment, "cpu": cpu_name()}
+    facts = {**found.environment, "cpu": cpu_name()} if has_cpu else found.environment
     return found.model_copy(update={"environment": facts}), outcome["spans"]
 
 
 def _write_trace(path: Path, plan: Plan, measured: "Measured | MeasuredPipeline", spans: Spans) -> None:
-    from planner.cost.overlap import Event
     from planner.ir.canonical import write_atomically
     from planner.report.trace import trace_json
+    from planner.report.tracks import measured_tracks
 
-    streams = {
-        "transfer_forward": "transfer", "transfer_backward": "transfer", "exposed_sync": "waiting for gradients",
-        "other": "other",
-    }  # fmt: skip
-    ranks = {
-        f"rank {rank}, measured": [
-            Event(
-                f"{layer} {phase.replace('_', ' ')}".strip(),
-                f"reduction, {layer}" if phase == "reduction" else streams.get(phase, "compute"),
-                start,
-                stop,
-            )
-            for phase, layer, start, stop in found
-        ]
-        for rank, found in enumerate(spans)
-    }
     facts = {
         "model": plan.model.name, "batch": str(plan.batch), "plan_sha256": plan.digest,
         "source": "measured by layerwise run",
     }  # fmt: skip
-    write_atomically(path, trace_json(ranks, {**facts, **measured.environment}))
+    write_atomically(path, trace_json(measured_tracks(spans), {**facts, **measured.environment}))
 
 
-def _machine(plan: Plan, target: Target) -> "Machine | None":
-    """Return the machine to predict for: the one asked for, or this host; None in a job on several hosts."""
-    if target.cluster is None and int(os.environ.get("LOCAL_WORLD_SIZE", plan.num_ranks)) < plan.num_ranks:
+def _machine(plan: Plan, target: Target, is_here: bool) -> "Machine | None":
+    """Return the machine to predict for: the one asked for, or this host; None where ranks ran on others."""
+    if target.cluster is None and not is_here:
         return None
     return target.machine(plan, f"local-{plan.num_ranks}")
+
+
+def _print(plan: Plan, measured: "Measured | MeasuredPipeline", machine: "Machine | None", terminal: Terminal) -> None:
+    from planner.plan.measured_stages import MeasuredPipeline
+
+    if isinstance(measured, MeasuredPipeline):
+        _report_stages(plan, measured, machine, terminal)
+    else:
+        _report(plan, measured, machine, terminal)
+    for sentence in change_sentences(plan.model.changes):
+        terminal.out.print(sentence)
 
 
 def _report(plan: Plan, measured: "Measured", machine: "Machine | None", terminal: Terminal) -> None:
@@ -210,4 +228,4 @@ def _sentences(measured: "Measured", machine: "Machine | None") -> Iterator[str]
 
     yield tables.marking_sentence(measured)
     if machine is None:
-        yield "Predictions of layers: give --cluster, because these ranks are on several hosts."
+        yield "Predictions of layers: give --cluster, because these ranks ran on other hosts."

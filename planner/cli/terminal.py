@@ -3,20 +3,26 @@
 import io
 import logging
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Final, TextIO
+from typing import Annotated, Any, Final, TextIO
 
 import typer
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 
+from planner.cli import progress
 from planner.report.tables import Table
 
 _PIPE_WIDTH: Final = 1000  # a table in a file is as wide as its cells
 _TEXT_WIDTH: Final = 12  # that a column of text keeps, at least, in a narrow terminal
+_SPELLED: Final = {code: rf"\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
+    code: rf"\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+"""Control characters, and those that turn the direction of what is written around them."""
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
@@ -37,8 +43,9 @@ class Terminal:
 
     def __post_init__(self) -> None:
         level = logging.ERROR if self.quiet else _LEVELS[min(self.verbose, len(_LEVELS) - 1)]
+        _ON_STDERR.setLevel(level)
         logging.getLogger().addHandler(_ON_STDERR)
-        for package in ("planner", "runtime"):
+        for package in progress.PACKAGES:
             logging.getLogger(package).setLevel(level)
 
     @cached_property
@@ -50,6 +57,18 @@ class Terminal:
     def err(self) -> Console:
         """Notes, summaries; nothing with ``--quiet``."""
         return _console(sys.stderr, quiet=self.quiet)
+
+    def working(self, what: str, *, silent: bool = False) -> AbstractContextManager[Callable[[str], None]]:
+        """Show on stderr what is being done while it is; nothing in a pipe, with ``--quiet``, or if silent (JSON)."""
+        return progress.working(self.err, what, shown=self._shows_progress and not silent)
+
+    def bar(self, what: str) -> AbstractContextManager[Callable[[float], None]]:
+        """Show on stderr how much of something is done; nothing in a pipe, and nothing with ``--quiet``."""
+        return progress.bar(self.err, what, shown=self._shows_progress)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.quiet and sys.stderr.isatty()  # rich takes FORCE_COLOR, which CI sets, for a terminal
 
 
 def is_debugging() -> bool:
@@ -94,7 +113,7 @@ def _grid(table: Table, left_out: Collection[str]) -> RichTable:
         else:
             found.add_column(table.columns[i], justify="right", no_wrap=True)
     for number, row in enumerate(table.rows):
-        found.add_row(*(row[i] for i in kept), style="bold" if number == table.emphasis else None)
+        found.add_row(*(printable(row[i]) for i in kept), style="bold" if number == table.emphasis else None)
     return found
 
 
@@ -112,7 +131,7 @@ class _OnStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(f"{prefix}{self.format(record)}", file=sys.stderr)
+        print(printable(f"{prefix}{self.format(record)}"), file=sys.stderr)
 
 
 _ON_STDERR: Final = _OnStderr()
@@ -121,4 +140,16 @@ _ON_STDERR: Final = _OnStderr()
 def _console(stream: TextIO, quiet: bool = False) -> Console:
     """Return a console that takes text as it is: no markup, emoji or highlighting."""
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(file=stream, quiet=quiet, width=width, markup=False, emoji=False, highlight=False)
+    return _Console(file=stream, quiet=quiet, width=width, markup=False, emoji=False, highlight=False)
+
+
+class _Console(Console):
+    """Prints text as ``printable`` has it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401  # as rich has it
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+def printable(text: str) -> str:
+    """Return a text in which nothing of a file steers the terminal: control characters are spelled out."""
+    return text.translate(_SPELLED).encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,8 @@ from planner.cli.reading import PlanPath, read_plan
 from planner.cli.terminal import Terminal
 from planner.errors import UnknownNameError, UsageError
 from planner.plan.schema import Plan
-from planner.report.trace import trace_json
+from planner.report.trace import read_trace, trace_json
+from planner.report.tracks import predicted_tracks
 from planner.units import format_seconds
 
 if TYPE_CHECKING:
@@ -42,25 +43,33 @@ def trace(
     ],
     target: Target,
     terminal: Terminal,
+    beside: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A trace of `layerwise run --trace`, to be put below in the same file."),
+    ] = None,
 ) -> None:
     """Write the predicted timeline of a plan's step: what is computed, what is sent, what waits for what.
 
-    The model is built from its source, which runs its code.
+    Its tracks have the names of those of a measured step (`layerwise run --trace`). The model is built from its source,
+    which runs its code.
     """
     from planner.api import reprice
     from planner.ir.canonical import write_atomically
 
     found = read_plan(path)
     refuse_unwritable(output)
+    entries, of = ([], {}) if beside is None else read_trace(beside)
     machine = machine_of_plan(found, target)
     note_other_machine(found, machine, terminal)
-    timeline = reprice(found, machine)
+    with terminal.working(f"simulating {found.model.name}"):
+        timeline = reprice(found, machine)
     facts = {
         "model": found.model.name, "batch": str(found.batch), "cluster": machine.graph.name,
         "plan_sha256": found.digest, "step_s": repr(timeline.step_s), "source": "simulated by layerwise trace",
     }  # fmt: skip
-    title = f"predicted step of {found.model.name} on {machine.graph.name}"
-    write_atomically(output, trace_json({title: timeline.events}, facts))
+    if beside is not None and of.get("plan_sha256") != found.digest:
+        terminal.err.print(f"note: {beside} is a trace of another plan")
+    write_atomically(output, trace_json(predicted_tracks(found, timeline.events), facts, entries))
     step = format_seconds(timeline.step_s, 5)
     terminal.err.print(f"wrote {output}: a step of {step}, {len(timeline.events)} events")
 
@@ -95,5 +104,6 @@ def note_other_machine(plan: Plan, machine: "Machine", terminal: Terminal) -> No
 
 def is_as_planned(plan: Plan, machine: "Machine") -> bool:
     """Return whether a machine has the links, devices and layer times that a plan was made with."""
-    same_machine = machine.graph.digest == plan.cluster.sha256
-    return same_machine and machine.profile.digest == plan.provenance.profile_sha256
+    from planner.plan.check import is_as_planned as has_figures
+
+    return has_figures(plan, machine.graph.digest, machine.profile.digest)

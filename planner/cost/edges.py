@@ -46,11 +46,35 @@ class EdgePricer:
         """Return the prices of turning each of these layouts of a tensor into each of those.
 
         Args:
-            sources: layouts before, at least one, that differ in their placements only.
+            sources: layouts before, at least one, that differ in their placements and shares only.
             targets: layouts after, likewise.
             item_bytes: of an element.
         """
         sources, targets = [x.value for x in sources], [x.value for x in targets]
+        if any(x.shares for x in (*sources, *targets)):
+            return self._one_by_one(sources, targets, item_bytes)
+        return self._together(sources, targets, item_bytes)
+
+    def _one_by_one(self, sources: Sequence[Layout], targets: Sequence[Layout], item_bytes: int) -> Matrices:
+        """Return ``price`` of layouts some of which have shares; those without any are priced together."""
+        shape = len(sources), len(targets)
+        found = Matrices(np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64))
+        rows, columns = ([k for k, x in enumerate(each) if not x.shares] for each in (sources, targets))
+        if rows and columns:
+            plain = self._together([sources[i] for i in rows], [targets[j] for j in columns], item_bytes)
+            for whole, part in zip((found.seconds, found.num_bytes, found.levels),
+                                   (plain.seconds, plain.num_bytes, plain.levels), strict=True):  # fmt: skip
+                whole[np.ix_(rows, columns)] = part
+        for i, source in enumerate(sources):
+            for j, target in enumerate(targets):
+                if source.shares or target.shares:
+                    price = self.pricer.price(source, target, item_bytes)
+                    found.seconds[i, j], found.num_bytes[i, j] = price.seconds, price.num_bytes
+                    found.levels[i, j] = price.levels
+        return found
+
+    def _together(self, sources: Sequence[Layout], targets: Sequence[Layout], item_bytes: int) -> Matrices:
+        """Return ``price`` of layouts without shares."""
         first, rank = sources[0], used_rank([*sources, *targets])
         found = frame(first.shape, first.mesh, first.cuts, targets[0].cuts)
         codes = found.codes(sources, targets)

@@ -95,7 +95,7 @@ def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = Non
     """
     mesh = source.mesh
     if axes is None:
-        axes = tuple(a for a, p in enumerate(source.placements) if isinstance(p, int))
+        axes = source.dividing_axes
     rank = len(mesh.axes)
     kept: Index = np.ones((1,) * rank, dtype=np.int64)
     received, sent, needed, whole = kept, kept, kept, 1
@@ -105,7 +105,7 @@ def exchanged(source: Layout, target: Layout, axes: tuple[int, ...] | None = Non
             kept, received, sent, needed = kept * own, received * got, sent * given, needed * all_
         else:
             whole *= have.size
-    copies = math.prod(mesh.shape[a] for a in axes if not isinstance(target.placements[a], int))
+    copies = math.prod(mesh.shape[a] for a in axes if a not in target.dividing_axes)
     is_sum = int(any(have.overlaps for have in source.divisions))
     moved, copied = _busiest(kept, received, copies * sent, needed, is_sum)
     return Exchanged(whole * int(moved.max()), whole * int(copied.max()))

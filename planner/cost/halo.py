@@ -138,16 +138,14 @@ def _halos(
         if not any(isinstance(p, int) and p >= _SPACE for p in need.placements):
             continue
         found = [i for i in producers.get(need.placements, ()) if is_halo(haves[i], need)]
-        if not found:
-            continue
-        have = haves[found[0]]
-        cutting = _cutting(model, consumer, split, have, need)
-        axes = steps(have, need)[0].axes
         item_bytes = model.settings.activation_dtype(producer.output.dtype).item_bytes
-        there_s, back_s = _borders_s(model, have, need, item_bytes)
-        times = there_s, back_s if model.flows[producer.id] else 0.0
-        for i in found:
-            yield (i, j), _pair(model, times, _slowed(model, axes, float(edge.num_bytes[i, j]) / 2), cutting)
+        for have in dict.fromkeys(haves[i] for i in found):
+            cutting = _cutting(model, consumer, split, have, need)
+            axes = steps(have, need)[0].axes
+            there_s, back_s = _borders_s(model, have, need, item_bytes)
+            times = there_s, back_s if model.flows[producer.id] else 0.0
+            for i in (i for i in found if haves[i] == have):
+                yield (i, j), _pair(model, times, _slowed(model, axes, float(edge.num_bytes[i, j]) / 2), cutting)
 
 
 def _borders_s(model: "CostModel", have: Layout, need: Layout, item_bytes: int) -> tuple[float, float]:
@@ -200,9 +198,9 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     """Return what a convolution under a split takes in parts; on the largest piece, with neighbours on both sides."""
     bare = replace(layer, absorbed=())
     local = model.local(bare, split)
-    whole = model.profile.time(local)
-    weight = model.profile.time(replace(local, input_gradient=False))
-    bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.profile.roofline.bandwidth_bytes_per_s
+    whole = model.crew.time(local)
+    weight = model.crew.time(replace(local, input_gradient=False))
+    bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.crew.bandwidth_bytes_per_s
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
     parts = _parts(layer, have, need, local.output)
     weight_s = min(weight.backward_s, whole.backward_s)

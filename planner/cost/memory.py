@@ -62,6 +62,8 @@ class LayerBytes:
         framed: of the input of a convolution with the neighbours' rows around it, which backward puts together again.
             No more than ``inputs``.
         reordered: by a kernel for itself: oneDNN copies operands of a convolution into an order of its own.
+        held: of other micro-batches or batches than the one at work (``planner.cost.stages``): their activations,
+            gradients that wait for their sum, earlier versions of the parameters.
     """
 
     parameters: int
@@ -76,11 +78,12 @@ class LayerBytes:
     other_gathered: int = 0
     framed: int = 0
     reordered: int = 0
+    held: int = 0
 
     @property
     def resident(self) -> int:
         """Bytes held for the whole step."""
-        return self.parameters + self.gradients + self.state + self.activations
+        return self.parameters + self.gradients + self.state + self.activations + self.held
 
     @property
     def transient(self) -> int:

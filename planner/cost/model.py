@@ -10,6 +10,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.cost.crew import NO_OTHERS, Crew, slowest
 from planner.cost.halo import HaloOverlap
 from planner.cost.memory import LayerBytes, Optimizer, layer_bytes, update_passes
 from planner.cost.sharding import ParameterSharding, largest_gathers, whole_bytes
@@ -17,6 +18,7 @@ from planner.cost.transfer import FREE, Price, Reduction, StepPricer
 from planner.devices.graph import DeviceGraph
 from planner.devices.measured import CollectiveKind
 from planner.devices.route import Router
+from planner.ir.branches import busy_positions
 from planner.ir.count import gradient_flow
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.layout import Layout, Whole
@@ -37,6 +39,8 @@ COLLECT_PASSES = 2
 """How often a gradient is read or written on its way into the buffer of a reduction (``runtime.parameters``)."""
 GATHER_PASSES = 2
 """How often a sharded parameter is read or written on its way out of the buffer of a gather; see above."""
+UNPACK_PASSES = 2 * GATHER_PASSES
+"""Of fully sharded parameters, which are gathered forward and backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,9 @@ class LayerCost:
         memory: bytes.
         source: where the compute times are from.
         whole: bytes of gradients that are all-reduced although parameters are sharded: of those that cannot be cut.
+        only_gathered: bytes of parameters that forward and backward gather, by mesh axes, where their gradients are not
+            reduced: of a micro-batch, and only if parameters are sharded fully (``planner.cost.stages``).
+        busy: share of the ranks that compute the layer.
     """
 
     forward_s: float
@@ -90,6 +97,13 @@ class LayerCost:
     memory: LayerBytes
     source: Source
     whole: Mapping[Axes, int] = field(default_factory=dict)
+    only_gathered: Mapping[Axes, int] = field(default_factory=dict)
+    busy: float = 1.0
+
+    @property
+    def gathered(self) -> Mapping[Axes, int]:
+        """Bytes of parameters that are gathered where they are sharded fully, by mesh axes."""
+        return self.sync or self.only_gathered
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,17 @@ class CostModel:
     """Prices layers and edges of one network on one mesh of one machine.
 
     A parameter that several layers share is held, reduced and updated once: it counts with the first of them.
+
+    Attributes:
+        graph: the network.
+        machine: whose devices may be of several kinds and speeds.
+        mesh: the ranks.
+        profile: of the slowest kind of device.
+        settings: see there.
+        pricer: of what moves.
+        flows: whether a layer's output has a gradient.
+        carriers: of every parameter, the first layer that has it.
+        others: profiles of the other kinds.
     """
 
     graph: LayerGraph
@@ -107,14 +132,27 @@ class CostModel:
     pricer: StepPricer
     flows: Mapping[LayerId, bool]
     carriers: Mapping[str, LayerId]
+    others: Mapping[str, ProfileTable] = field(default_factory=dict)
 
     @staticmethod
     def of(
-        graph: LayerGraph, machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, settings: Settings
+        graph: LayerGraph,
+        machine: DeviceGraph,
+        mesh: Mesh,
+        profile: ProfileTable,
+        settings: Settings,
+        others: Mapping[str, ProfileTable] = NO_OTHERS,
     ) -> "CostModel":
-        """Return the model for a network on a mesh of a machine."""
-        pricer = StepPricer(Router(machine, mesh), profile.roofline.bandwidth_bytes_per_s)
-        return CostModel(graph, machine, mesh, profile, settings, pricer, gradient_flow(graph), _carriers(graph))
+        """Return the model for a network on a mesh of a machine; ``others`` are profiles of other kinds of devices."""
+        crew = Crew.of(machine, mesh, profile, others)
+        pricer = StepPricer(Router(machine, mesh), crew.bandwidth_bytes_per_s)
+        flows, carriers = gradient_flow(graph), _carriers(graph)
+        return CostModel(graph, machine, mesh, profile, settings, pricer, flows, carriers, others)
+
+    @functools.cached_property
+    def crew(self) -> Crew:
+        """What each rank computes on."""
+        return Crew.of(self.machine, self.mesh, self.profile, self.others)
 
     def layouts(self, layer: Layer, split: Split) -> LayerLayouts:
         """Return every layout of a layer under a split."""
@@ -128,18 +166,31 @@ class CostModel:
         """Return the largest piece of a layer that one device computes."""
         return self._local(layer, self.layouts(layer, split))
 
-    def _local(self, layer: Layer, found: LayerLayouts) -> LocalLayer:
+    def locals(self, layer: Layer, split: Split) -> tuple[LocalLayer, ...]:
+        """Return the pieces of a layer that devices compute, as far as they are timed apart."""
+        found = self.layouts(layer, split)
+        if not split.shares:
+            return (self._local(layer, found),)
+        busy = (position for position in range(self.mesh.size) if not found.output.is_idle(position))
+        return tuple({_LOCAL_VALUES(x): x for x in (self._local(layer, found, p) for p in busy)}.values())
+
+    def _local(self, layer: Layer, found: LayerLayouts, position: int | None = None) -> LocalLayer:
+        """Return the piece of a rank, or the largest one."""
         is_sum = bool(found.computed.axes_with(Whole.PARTIAL))
+
+        def shape(layout: Layout) -> tuple[int, ...]:
+            return layout.largest_shape() if position is None else layout.region(position).shape
+
         return LocalLayer(
             layer,
-            tuple(x.largest_shape() for x in found.inputs),
-            found.computed.largest_shape(),
-            tuple(x.largest_shape() for x in found.params),
+            tuple(map(shape, found.inputs)),
+            shape(found.computed),
+            tuple(map(shape, found.params)),
             self.settings.activation_dtype(layer.output.dtype),
             self._input_gradient(layer),
             self.settings.precision,
             synchronised=self.settings.sync_batch_norm and bool(reduced_axes(layer.output, found.output)),
-            resolved=found.output.largest_shape() if is_sum else None,
+            resolved=shape(found.output) if is_sum else None,
         )
 
     def carried(self, layer: Layer) -> tuple[bool, ...]:
@@ -153,22 +204,68 @@ class CostModel:
         """Return the cost of a layer under each of these splits."""
         lies, carried = self.partition(layer), self.carried(layer)
         times = self.times(layer, splits)
-        return tuple(self._cost(layer, lies.layouts(s), t, carried) for s, t in zip(splits, times, strict=True))
+        found = []
+        for split, time in zip(splits, times, strict=True):
+            if split.weights:
+                busy = busy_positions(split, self.mesh)
+                cost = self._cost(layer, lies.layouts(split), time, carried, self.crew.at(busy))
+                found.append(replace(cost, busy=busy.bit_count() / self.mesh.size))
+            else:
+                found.append(self._cost(layer, lies.layouts(split), time, carried, self.crew))
+        return tuple(found)
 
     def times(self, layer: Layer, splits: Sequence[Split]) -> list[LayerTime]:
-        """Return the compute of a layer under each of these splits; the profile is asked once for each local piece."""
+        """Return the compute of a layer under each of these splits, on the rank that takes longest.
+
+        The profile is asked once for each local piece. Where all pieces are alike, that is the slowest device's.
+        """
         lies = self.partition(layer)
         times: dict[object, LayerTime] = {}
         found = []
         for split in splits:
+            if split.shares:
+                found.append(self._slowest(layer, lies.layouts(split)))
+                continue
             local = self._local(layer, lies.layouts(split))
             piece = _LOCAL_VALUES(local)
             if piece not in times:
-                times[piece] = self.profile.time(local)
+                times[piece] = self._time(layer, split, local)
             found.append(times[piece])
         return found
 
-    def _cost(self, layer: Layer, found: LayerLayouts, time: LayerTime, carried: Sequence[bool]) -> LayerCost:
+    def _slowest(self, layer: Layer, found: LayerLayouts) -> LayerTime:
+        """Return the compute of a layer whose pieces differ: of the rank that takes longest, forward and backward."""
+        times: dict[object, LayerTime] = {}
+        for position, worker in enumerate(self.crew.workers):
+            if not found.output.is_idle(position):
+                local = self._local(layer, found, position)
+                key = worker, _LOCAL_VALUES(local)
+                if key not in times:
+                    times[key] = worker.time(local)
+        return slowest(tuple(times.values()))
+
+    def _time(self, layer: Layer, split: Split, local: LocalLayer) -> LayerTime:
+        """Return the time of a piece; of a tile that was not measured, that of the piece by the ratio of estimates.
+
+        What a tile takes longer is held against what messages take: the error of an estimate must not look like it.
+        """
+        own = self.crew.time(local)
+        if not split.tiles or own.source is Source.MEASURED:
+            return own
+        plain = self.local(layer, replace(split, tiles=()))
+        found = self.crew.time(plain)
+        if found.source is not Source.MEASURED:
+            return own
+        large, small = self.profile.estimate(local), self.profile.estimate(plain)
+        return replace(
+            found,
+            forward_s=found.forward_s * (large.forward_s / small.forward_s if small.forward_s else 1.0),
+            backward_s=found.backward_s * (large.backward_s / small.backward_s if small.backward_s else 1.0),
+        )
+
+    def _cost(
+        self, layer: Layer, found: LayerLayouts, time: LayerTime, carried: Sequence[bool], crew: Crew
+    ) -> LayerCost:
         dtype = self.settings.activation_dtype(layer.output.dtype)
         forward = self.pricer.price(found.computed, found.output, dtype.item_bytes)
         backward = self.pricer.price(found.output.gradient, found.computed.gradient, dtype.item_bytes)
@@ -181,13 +278,13 @@ class CostModel:
         updated = memory.updated * update_passes(self.settings.optimizer)
         if sharding is ParameterSharding.FULL:
             memory = replace(memory, other_gathered=self._other_gathered(layer))
-            collected += 2 * GATHER_PASSES * cut_bytes
+            collected += UNPACK_PASSES * cut_bytes
         elif sharding is ParameterSharding.OPTIMIZER:
             updated += GATHER_PASSES * cut_bytes
         return LayerCost(
             time.forward_s, time.backward_s,
             forward + forward_norm, backward + backward_norm,
-            sync, self.profile.roofline.update_s(collected), self.profile.roofline.update_s(updated),
+            sync, crew.update_s(collected), crew.update_s(updated),
             memory, time.source, whole,
         )  # fmt: skip
 
@@ -216,6 +313,21 @@ class CostModel:
             return pricer.all_reduce(axes, num_bytes)
         whole = pricer.reduce_scatter(axes, num_bytes) + pricer.all_gather(axes, num_bytes)
         return whole if sharding is ParameterSharding.OPTIMIZER else whole + pricer.all_gather(axes, num_bytes)
+
+    def gathers(self, cost: LayerCost) -> Price:
+        """Return what gathering the parameters of a layer forward and backward costs, where that is all of its sync."""
+        found = [self.pricer.all_gather(axes, b) for axes, b in cost.only_gathered.items()]
+        return sum((each + each for each in found), FREE)
+
+    def without_tail(self, cost: LayerCost) -> LayerCost:
+        """Return what a layer costs in a pass behind which gradients are not reduced and parameters not updated.
+
+        Parameters that are sharded fully are gathered in every pass.
+        """
+        is_full = self.settings.parameter_sharding is ParameterSharding.FULL
+        gathered = cost.sync if is_full else {}
+        unpack_s = self.profile.roofline.update_s(UNPACK_PASSES * sum(gathered.values())) if gathered else 0.0
+        return replace(cost, sync={}, whole={}, collect_s=unpack_s, update_s=0.0, only_gathered=gathered)
 
     def reduction(self, axes: Axes, num_bytes: int, *, is_whole: bool = False) -> Reduction:
         """Return what reducing so many bytes of gradients over these axes takes behind computation.

@@ -78,6 +78,12 @@ class Streams:
             seconds = self._pass(seconds, self._compute_share, [r.reduction.loaded_s for r in self._running])
         self._end(name, "compute", start_s, seconds)
 
+    def rest(self, until_s: float) -> None:
+        """Do nothing until then, if that is later."""
+        while self._running and self.now_s < until_s:
+            self._pass(until_s - self.now_s, 1.0, [r.reduction.seconds for r in self._running])
+        self.now_s = max(self.now_s, until_s)
+
     def transfer(self, name: str, seconds: float, levels: int) -> None:
         """Wait for a transfer that takes so long where nothing else uses its levels."""
         start_s = self.now_s

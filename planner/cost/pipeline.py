@@ -14,9 +14,13 @@ A stage of several ranks is one position here; its times are those of its slowes
 with whole batches do as much in a cycle as r that share each.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.cost.cycles import Taken, steady_cycle_s
 from planner.cost.overlap import Event
@@ -33,6 +37,8 @@ from planner.ir.schedule import (
     weight_versions,
 )
 
+Bytes = Sequence[Any]
+"""Of several stages: of each an int, or an array of what it may be, float64."""
 SHOWN_BATCHES: Final = 4
 """Times the number of stages: batches of a run in cycles that are played through, enough to be full for a while."""
 
@@ -146,8 +152,7 @@ def simulate_pipeline(
     if not kind.is_synchronous and num_microbatches != 1:
         raise UsageError(f"schedule {kind.value!r} has no micro-batches: pass 1, not {num_microbatches}.")
     costs = _Costs(kind, tuple(stages), tuple(links), cpu_s_per_byte)
-    count = num_microbatches if kind.is_synchronous else SHOWN_BATCHES * len(stages)
-    lists = orders(kind, len(stages), len(stages) if num_positions is None else num_positions, count)
+    lists = played(kind, len(stages), len(stages) if num_positions is None else num_positions, num_microbatches)
     run = _Run(costs, lists)
     run.play()
     if kind.is_synchronous:
@@ -157,26 +162,99 @@ def simulate_pipeline(
     return PipelineTimeline(
         step_s,
         tuple(1 - busy / step_s if step_s else 0.0 for busy in busy_s),
-        tuple(position_bytes(kind, stages, order) for order in lists),
+        tuple(position_bytes(stages, InFlight.of(kind, len(stages), order)) for order in lists),
         tuple(sorted(run.events, key=lambda event: (event.start_s, event.stop_s, event.stream))),
     )
 
 
-def position_bytes(kind: ScheduleKind, stages: Sequence[StageTimes], order: Order) -> int:
-    """Return the most that a position holds while it works through its order.
+def played(kind: ScheduleKind, num_stages: int, num_positions: int, num_microbatches: int) -> tuple[Order, ...]:
+    """Return what every position does in a step; of kinds in cycles, in a run that is full for a while."""
+    count = num_microbatches if kind.is_synchronous else SHOWN_BATCHES * num_stages
+    return orders(kind, num_stages, num_positions, count)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What a schedule has the stages of a position hold at once, whatever they are.
+
+    PipeDream keeps a further version of the parameters for every batch in flight but the newest.
+
+    Attributes:
+        stages: of the position.
+        moments: that differ; of each of these stages, the micro-batches that wait for their backward, and those whose
+            backward has begun.
+        versions: of the parameters of each.
+    """
+
+    stages: tuple[int, ...]
+    moments: tuple[tuple[tuple[int, int], ...], ...]
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(kind: ScheduleKind, num_stages: int, order: Order) -> "InFlight":
+        """Return what a position holds while it works through its order."""
+        here = tuple(sorted({action.stage for action in order}))
+        moments = {tuple((now.stored.get(s, 0), now.open.get(s, 0)) for s in here) for now in held(order)}
+        versions = weight_versions(kind, num_stages)
+        return InFlight(here, tuple(sorted(moments)), tuple(versions[s] for s in here))
+
+    @staticmethod
+    def by_position(
+        kind: ScheduleKind, num_stages: int, num_positions: int, num_microbatches: int
+    ) -> tuple["InFlight", ...]:
+        """Return what every position holds."""
+        lists = played(kind, num_stages, num_positions, num_microbatches)
+        return tuple(InFlight.of(kind, num_stages, order) for order in lists)
+
+    def at(self, stage: int) -> "InFlight":
+        """Return what one of the stages holds."""
+        i = self.stages.index(stage)
+        return InFlight((stage,), tuple(sorted({moment[i : i + 1] for moment in self.moments})), (self.versions[i],))
+
+    @property
+    def most_begun(self) -> int:
+        """The most micro-batches of a stage whose backward has begun."""
+        return max(begun for moment in self.moments for _, begun in moment)
+
+    @property
+    def most(self) -> int:
+        """The most micro-batches of a stage, in either state."""
+        return max(sum(each) for moment in self.moments for each in moment)
+
+    def held_bytes(self, fixed: Bytes, params: Bytes, waiting: Bytes, saved: Bytes) -> NDArray[Any]:
+        """Return the most that is held, int64 or float64 of the shape of a stage's bytes.
+
+        Args:
+            fixed: of each stage, held whatever is in flight, with one version of the parameters.
+            params: of each, a version of the parameters.
+            waiting: of each, of a micro-batch that waits for its backward: with recompute, what it received.
+            saved: of each, of one whose backward has begun.
+        """
+        always = sum(f + (v - 1) * p for f, v, p in zip(fixed, self.versions, params, strict=True))
+        moments = (
+            sum(w * x + b * y for (w, b), x, y in zip(moment, waiting, saved, strict=True)) for moment in self.moments
+        )
+        return np.asarray(always + functools.reduce(np.maximum, moments))
+
+
+def position_bytes(stages: Sequence[StageTimes], in_flight: InFlight) -> int:
+    """Return the most that a position holds.
 
     With recompute a stage keeps the inputs of what is in flight, and everything of the micro-batches whose backward has
-    begun. PipeDream keeps a further version of the parameters for every batch in flight but the newest.
+    begun.
+
+    Args:
+        stages: all of them.
+        in_flight: what the position holds.
     """
-    here = sorted({action.stage for action in order})
-    versions = weight_versions(kind, len(stages))
-    resident = sum(stages[s].resident_bytes + (versions[s] - 1) * stages[s].params_bytes for s in here)
-    waiting_bytes = {s: stages[s].input_bytes if stages[s].recompute else stages[s].saved_bytes for s in here}
-    in_flight = (
-        sum(now.stored.get(s, 0) * waiting_bytes[s] + now.open.get(s, 0) * stages[s].saved_bytes for s in here)
-        for now in held(order)
-    )
-    return resident + max(in_flight)
+    here = [stages[s] for s in in_flight.stages]
+    waiting = [stage.input_bytes if stage.recompute else stage.saved_bytes for stage in here]
+    return int(
+        in_flight.held_bytes(
+            [stage.resident_bytes for stage in here], [stage.params_bytes for stage in here], waiting,
+            [stage.saved_bytes for stage in here],
+        )
+    )  # fmt: skip
 
 
 class _Message(NamedTuple):

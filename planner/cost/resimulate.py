@@ -10,7 +10,8 @@ Local search changes one variable of hundreds and asks for the new step. Of ``pl
 Everything else is kept from the step before: the sum of forward, the state of the streams as backward reached each
 layer, the times at which they were idle. It is what [FlexFlow19] calls delta simulation, for one device's step.
 
-Where parameters are sharded, streams are busy in forward too: such steps are simulated whole.
+Where parameters are sharded, streams are busy in forward too, and where ranks may be idle in some layers, each part has
+streams of its own: such steps are simulated whole.
 """
 
 import math
@@ -82,7 +83,7 @@ class Resimulation:
 
     def __init__(self, table: CostTable, choice: Sequence[int], bucket_bytes: int) -> None:
         self._table, self._bucket_bytes = table, bucket_bytes
-        self._is_sharded = table.model.settings.parameter_sharding is not ParameterSharding.NONE
+        self._is_whole = table.has_idle or table.model.settings.parameter_sharding is not ParameterSharding.NONE
         self._level_names = tuple(level.name for level in table.model.machine.levels)
         count = len(table.layers)
         self._in_edges: list[list[tuple[int, EdgeCost]]] = [[] for _ in range(count)]
@@ -108,7 +109,7 @@ class Resimulation:
     def step_s(self, changes: Changes | None = None) -> float:
         """Return the length of the step with some layers changed, in seconds; nothing is kept of it."""
         choice = self._changed(changes or {})
-        if self._is_sharded:
+        if self._is_whole:
             return simulated_step_s(self._table, choice, self._bucket_bytes)
         changed = [j for j in changes or () if choice[j] != self._choice[j]]
         if not changed:
@@ -120,7 +121,7 @@ class Resimulation:
         """Change some layers for good; return the length of the step."""
         choice = self._changed(changes)
         changed = [j for j in changes if choice[j] != self._choice[j]]
-        if changed and not self._is_sharded:
+        if changed and not self._is_whole:
             self._apply(self._trial(choice, changed))
         self._choice = choice
         return self.step_s()

@@ -3,16 +3,25 @@
 A stage's layers are priced as a model of their own (``planner.ir.stages``), at micro-batch size. Forward and backward
 of a micro-batch are a simulated step without gradient reductions and update; what these add is the tail of a step,
 which comes once for all micro-batches.
+
+Parameters that are sharded fully are gathered for every micro-batch, forward and backward; their gradients are kept
+whole until the last one reduces the sum (``runtime.parameters.sharding``).
+
+A memory limit holds for all that a stage has at once, micro-batches in flight included. Solvers know sums over layers
+only, so what a stage holds beside the micro-batch at work is put on its layers (``holding``).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from planner.cost.pipeline import StageLink, StageTimes
-from planner.cost.simulate import simulated_step_s
+from planner.cost.memory import LayerBytes
+from planner.cost.model import LayerCost
+from planner.cost.pipeline import InFlight, StageLink, StageTimes
+from planner.cost.simulate import simulated_forward_s, simulated_step_s
 from planner.cost.table import CostTable
 from planner.cost.transfer import StepPricer
 from planner.ir.count import work
+from planner.ir.graph import Layer
 from planner.ir.layout import Layout
 from planner.ir.ops import Receive
 from planner.ir.stages import crossings
@@ -20,10 +29,48 @@ from planner.ir.stages import crossings
 
 def without_tail(table: CostTable) -> CostTable:
     """Return the table without what comes once a step: reductions of gradients, and the update."""
-    layers = tuple(
-        tuple(replace(cost, sync={}, whole={}, collect_s=0.0, update_s=0.0) for cost in costs) for costs in table.layers
+    return _changed(table, lambda _, cost: table.model.without_tail(cost))
+
+
+def accumulating(table: CostTable) -> CostTable:
+    """Return the table of a stage that sums gradients of several micro-batches, whole where parameters are sharded."""
+    return _with_held(table, lambda _, memory: memory.gathered)
+
+
+def holding(table: CostTable, in_flight: InFlight, *, recompute: bool) -> CostTable:
+    """Return the table of a stage with what it holds beside the micro-batch at work, at most.
+
+    Args:
+        table: of the stage.
+        in_flight: what the schedule has it, and no other stage, hold.
+        recompute: of micro-batches whose backward has not begun, it keeps what it receives only.
+    """
+    (versions,) = in_flight.versions
+
+    def held(layer: Layer, memory: LayerBytes) -> int:
+        keeps = not recompute or isinstance(layer.op, Receive)
+        others = (in_flight.most if keeps else in_flight.most_begun) - 1
+        return memory.held + others * memory.activations + (versions - 1) * memory.parameters
+
+    return _with_held(table, held)
+
+
+def _with_held(table: CostTable, held: Callable[[Layer, LayerBytes], int]) -> CostTable:
+    return _changed(
+        table, lambda layer, cost: replace(cost, memory=replace(cost.memory, held=held(layer, cost.memory)))
     )
-    return replace(table, layers=layers)
+
+
+def _changed(table: CostTable, change: Callable[[Layer, LayerCost], LayerCost]) -> CostTable:
+    """Return the table with other costs of its layers; layers that share theirs go on sharing them."""
+    made: dict[tuple[int, bool], tuple[LayerCost, ...]] = {}
+    found = []
+    for layer, costs in zip(table.space.graph.layers, table.layers, strict=True):
+        key = id(costs), isinstance(layer.op, Receive)
+        if key not in made:
+            made[key] = tuple(change(layer, cost) for cost in costs)
+        found.append(made[key])
+    return replace(table, layers=tuple(found))
 
 
 def stage_times(
@@ -44,16 +91,16 @@ def stage_times(
         recompute: keep only what the stage receives.
     """
     costs = [layer[c] for layer, c in zip(table.layers, choice, strict=True)]
-    both_s = simulated_step_s(bare if bare is not None else without_tail(table), choice, bucket_bytes)
-    forward_s = sum(cost.forward_s + cost.blocking_forward.seconds for cost in costs)
-    forward_s += sum(float(edge.forward_s[choice[i], choice[j]]) for (i, j, _), edge in table.edges.items())
+    bare = without_tail(table) if bare is None else bare
+    both_s = simulated_step_s(bare, choice, bucket_bytes)
+    forward_s = simulated_forward_s(bare, choice)
     backward_s = max(both_s - forward_s, 0.0)
     weights_s = sum(_weight_share(table, j, choice[j]) * cost.backward_s for j, cost in enumerate(costs))
     weight_s = min(weights_s, backward_s)
     update_s = sum(cost.update_s for cost in costs)
     whole_s = simulated_step_s(table, choice, bucket_bytes)
     received = [j for j, layer in enumerate(table.space.graph.layers) if isinstance(layer.op, Receive)]
-    held = [cost.memory.parameters + cost.memory.gradients + cost.memory.state for cost in costs]
+    held = [cost.memory.resident - cost.memory.activations for cost in costs]
     return StageTimes(
         forward_s, backward_s - weight_s, weight_s, update_s, max(whole_s - both_s - update_s, 0.0),
         resident_bytes=sum(held) + max(cost.memory.transient for cost in costs),
@@ -93,6 +140,21 @@ class Crossing:
     has_gradient: bool
 
 
+Messages = dict[tuple[int, int], int]
+"""Bytes by sender and receiver, ranks of the machine."""
+
+
+def messages(found: Iterable[Crossing]) -> tuple[Messages, Messages]:
+    """Return what ranks of a stage send those of the next one for a micro-batch, and the gradients that come back."""
+    ahead: Messages = {}
+    behind: Messages = {}
+    for each in found:
+        _add(ahead, each.source, each.target, each.item_bytes)
+        if each.has_gradient:
+            _add(behind, each.target, each.source, each.item_bytes)
+    return ahead, behind
+
+
 def stage_link(found: Iterable[Crossing], pricer: StepPricer) -> StageLink:
     """Return what stages send each other for a micro-batch.
 
@@ -100,25 +162,21 @@ def stage_link(found: Iterable[Crossing], pricer: StepPricer) -> StageLink:
         found: what crosses.
         pricer: on the mesh of the whole machine.
     """
-    ahead: dict[tuple[int, int], int] = {}
-    behind: dict[tuple[int, int], int] = {}
-    for each in found:
-        _add(ahead, each.source, each.target, each.item_bytes)
-        if each.has_gradient:
-            _add(behind, each.target, each.source, each.item_bytes)
+    ahead, behind = messages(found)
     return StageLink(
-        pricer.messages_s(ahead), pricer.messages_s(behind), _most_sent(ahead), _most_sent(behind)
+        pricer.messages_s(ahead), pricer.messages_s(behind), most_sent(ahead), most_sent(behind)
     )  # fmt: skip
 
 
-def _add(sizes: dict[tuple[int, int], int], source: Layout, target: Layout, item_bytes: int) -> None:
+def _add(sizes: Messages, source: Layout, target: Layout, item_bytes: int) -> None:
     for move in crossings(source, target):
         pair = source.mesh.ranks[move.source], target.mesh.ranks[move.target]
         if pair[0] != pair[1]:
             sizes[pair] = sizes.get(pair, 0) + move.region.volume * item_bytes
 
 
-def _most_sent(sizes: dict[tuple[int, int], int]) -> float:
+def most_sent(sizes: Messages) -> float:
+    """Return the bytes of the rank that sends most."""
     sent: dict[int, int] = {}
     for (source, _), num_bytes in sizes.items():
         sent[source] = sent.get(source, 0) + num_bytes

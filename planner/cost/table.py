@@ -1,24 +1,32 @@
 """All costs of a search space as vectors and matrices, built once per layer signature."""
 
 import contextlib
+import functools
 import gc
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.edges import EdgePricer
+from planner.cost.edges import EdgePricer, Matrices
 from planner.cost.halo import NO_HALOS, Halos, may_have_halo, with_halos
 from planner.cost.model import CostModel, LayerCost, Seconds
+from planner.deadline import look
 from planner.ir.graph import Layer
-from planner.ir.layout import Layout
+from planner.ir.layout import Cut, Layout
+from planner.ir.recompute import follows
 from planner.ir.split import Strategy
+from planner.profile.key import PieceKey
 from planner.space.enumerate import SearchSpace
 
 Edge = tuple[int, int, int]
 """Producer index, consumer index, position among the consumer's inputs."""
+NEVER_S: Final = 1e9
+"""Of a transfer that cannot be made: no step is as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,16 @@ class CostTable:
         numbers = layer_numbers(space, model)
         with collector_paused():
             return CostTable(space, model, price_layers(space, model, numbers), price_edges(space, model, numbers))
+
+    @functools.cached_property
+    def has_idle(self) -> bool:
+        """Whether some split of the space leaves ranks idle."""
+        return any(
+            own is not None and 0 in own
+            for splits in {*self.space.splits.values()}
+            for s in splits
+            for own in s.weights
+        )
 
     def choice(self, strategy: Strategy) -> tuple[int, ...]:
         """Return the position of each layer's split in the space.
@@ -119,6 +137,7 @@ def price_layers(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -
     priced: dict[int, tuple[LayerCost, ...]] = {}
     for layer, number in zip(space.graph.layers, numbers, strict=True):
         if number not in priced:
+            look()
             priced[number] = model.layers(layer, space.splits[layer.id])
     return tuple(priced[number] for number in numbers)
 
@@ -129,8 +148,19 @@ def least_compute_s(space: SearchSpace, model: CostModel) -> float:
     numbers = layer_numbers(space, model)
     for layer, number in zip(space.graph.layers, numbers, strict=True):
         if number not in least:
+            look()
             least[number] = min(t.forward_s + t.backward_s for t in model.times(layer, space.splits[layer.id]))
     return math.fsum(least[number] for number in numbers)
+
+
+def layer_pieces(
+    space: SearchSpace, model: CostModel, memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+) -> Iterator[PieceKey]:
+    """Yield the pieces of every layer under every split that compute anything, some of them several times."""
+    for layer in space.graph.layers:
+        for split in space.splits[layer.id]:
+            locals_of = (replace(local, memory_format=memory_format) for local in model.locals(layer, split))
+            yield from (local.piece for local in locals_of if local.has_kernel)
 
 
 def price_edges(space: SearchSpace, model: CostModel, numbers: Sequence[int]) -> dict[Edge, EdgeCost]:
@@ -141,6 +171,7 @@ def price_edges(space: SearchSpace, model: CostModel, numbers: Sequence[int]) ->
     for i, j, position in space.graph.edges():
         key = numbers[i], numbers[j], position
         if key not in shared:
+            look()
             shared[key] = _edge_cost(pricer, model, space, (layers[i], layers[j], position))
         edges[i, j, position] = shared[key]
     return edges
@@ -153,9 +184,9 @@ def _edge_cost(pricer: EdgePricer, model: CostModel, space: SearchSpace, edge: t
     need, need_index = _unique([reads.layouts(s).inputs[position] for s in space.splits[consumer.id]])
     item_bytes = model.settings.activation_dtype(producer.output.dtype).item_bytes
     full = np.ix_(have_index, need_index)
-    forward = pricer.price(have, need, item_bytes)
+    forward = _priced(pricer, have, need, item_bytes)
     if model.flows[producer.id]:
-        backward = pricer.price([x.gradient for x in need], [x.gradient for x in have], item_bytes)
+        backward = _priced(pricer, [x.gradient for x in need], [x.gradient for x in have], item_bytes)
         found = EdgeCost(
             forward.seconds[full],
             backward.seconds.T[full],
@@ -165,10 +196,42 @@ def _edge_cost(pricer: EdgePricer, model: CostModel, space: SearchSpace, edge: t
     else:
         nothing = np.zeros((len(have_index), len(need_index)))
         found = EdgeCost(forward.seconds[full], nothing, forward.num_bytes[full], nothing.astype(np.int64))
-    if not may_have_halo(consumer, position):
-        return found
-    splits = space.splits[producer.id], space.splits[consumer.id]
-    return with_halos(model, splits, (producer, consumer), found)
+    if may_have_halo(consumer, position):
+        splits = space.splits[producer.id], space.splits[consumer.id]
+        found = with_halos(model, splits, (producer, consumer), found)
+    never = _impossible(have, need)
+    return replace(found, forward_s=np.where(never[full], NEVER_S, found.forward_s)) if never.any() else found
+
+
+def _priced(pricer: EdgePricer, sources: Sequence[Layout], targets: Sequence[Layout], item_bytes: int) -> Matrices:
+    """Return the prices of every pair; those whose tensors are cut by the same rules are priced together."""
+    before, after = _by_cuts(sources), _by_cuts(targets)
+    if len(before) == len(after) == 1:
+        return pricer.price(sources, targets, item_bytes)
+    shape = len(sources), len(targets)
+    found = Matrices(np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64))
+    for rows, columns in itertools.product(before, after):
+        part = pricer.price([sources[i] for i in rows], [targets[j] for j in columns], item_bytes)
+        here = np.ix_(rows, columns)
+        found.seconds[here], found.num_bytes[here], found.levels[here] = part.seconds, part.num_bytes, part.levels
+    return found
+
+
+def _by_cuts(layouts: Sequence[Layout]) -> list[list[int]]:
+    """Return the positions of layouts that differ in their placements only, together."""
+    found: dict[tuple[Cut, ...], list[int]] = {}
+    for i, layout in enumerate(layouts):
+        found.setdefault(layout.cuts, []).append(i)
+    return list(found.values())
+
+
+def _impossible(have: Sequence[Layout], need: Sequence[Layout]) -> NDArray[np.bool_]:
+    """Return between which pairs tiles would have to be exchanged, bool[have, need]."""
+    found = np.zeros((len(have), len(need)), dtype=bool)
+    for i, layout in enumerate(have):
+        if any(cut.tiles is not None for cut in layout.cuts):
+            found[i] = [not follows(layout, other) for other in need]
+    return found
 
 
 def _unique(layouts: list[Layout]) -> tuple[list[Layout], NDArray[np.int64]]:

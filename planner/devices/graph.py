@@ -28,6 +28,8 @@ class Device:
 
     Attributes:
         peak_flop_per_s: by precision; ``fp32`` always, ``tf32`` and ``bf16`` where it has them.
+        speed: relative to others of its kind: what is known of the kind takes 1 / speed times as long here. For a
+            processor that is shared or slowed down.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Device:
     memory_bytes: int
     peak_flop_per_s: Mapping[str, float] = field(hash=False)
     memory_bandwidth_bytes_per_s: float
+    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,9 @@ class DeviceGraph:
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of everything but the name."""
-        return sha256_of({key: part for key, part in asdict(self).items() if key != "name"})
+        parts = {key: part for key, part in asdict(self).items() if key != "name"}
+        plain = [{k: v for k, v in device.items() if (k, v) != ("speed", 1.0)} for device in parts["devices"]]
+        return sha256_of({**parts, "devices": plain})
 
     def mesh(self) -> Mesh:
         """Return the mesh with the whole levels as axes."""
@@ -275,6 +280,7 @@ def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
         here = f"$.devices[{index}]"
         figures.append((f"{here}.memory_bytes", device.memory_bytes))
         figures.append((f"{here}.memory_bandwidth_bytes_per_s", device.memory_bandwidth_bytes_per_s))
+        figures.append((f"{here}.speed", device.speed))
         figures += [(f"{here}.peak_flop_per_s.{k}", v) for k, v in device.peak_flop_per_s.items()]
         if "fp32" not in device.peak_flop_per_s or set(device.peak_flop_per_s) - set(PRECISIONS):
             yield f"{here}.peak_flop_per_s", "needs fp32, and may have tf32 and bf16 besides"

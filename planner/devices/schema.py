@@ -4,19 +4,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import FailFast, Field, PositiveInt, StringConstraints, model_validator
 
 from planner.devices.graph import Device, DeviceGraph, Level, Link
 from planner.devices.measured import CollectiveKind, CollectivePoint, MeasuredCollective
 from planner.errors import FormatError
-from planner.ir.canonical import StrictModel, decode_file, write_atomically
+from planner.ir.canonical import Memory, PositiveSeconds, Rate, StrictModel, decode_file, write_atomically
 
 MAX_DEVICES: Final = 65_536  # a typing error must not fill the memory
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=500)]
-Positive = Annotated[float, Field(gt=0)]
-Latency = Annotated[float, Field(ge=0)]
-Peaks = dict[Literal["fp32", "tf32", "bf16"], Positive]
+Latency = Annotated[float, Field(ge=0, le=1e6)]
+Peaks = dict[Literal["fp32", "tf32", "bf16"], Rate]
 Duplex = Literal["full", "half"]
 
 
@@ -25,9 +24,10 @@ class DeviceEntry(StrictModel):
 
     id: Name
     kind: Name
-    memory_bytes: PositiveInt
+    memory_bytes: Memory
     peak_flop_per_s: Peaks
-    memory_bandwidth_bytes_per_s: Positive
+    memory_bandwidth_bytes_per_s: Rate
+    speed: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
 
 class LinkEntry(StrictModel):
@@ -37,7 +37,7 @@ class LinkEntry(StrictModel):
     b: Name
     kind: Name
     latency_s: Latency
-    bandwidth_bytes_per_s: Positive
+    bandwidth_bytes_per_s: Rate
     duplex: Duplex = "full"
 
 
@@ -51,9 +51,9 @@ class LevelEntry(StrictModel):
 class PointEntry(StrictModel):
     """One size of a measured collective; the fields of ``measured.CollectivePoint``."""
 
-    num_bytes: PositiveInt
-    seconds: Positive
-    loaded_s: Positive
+    num_bytes: Memory
+    seconds: PositiveSeconds
+    loaded_s: PositiveSeconds
     lost_s: Latency
 
 
@@ -76,9 +76,9 @@ class ClusterFile(StrictModel):
     schema_version: Literal[1]
     name: Name
     levels: Annotated[tuple[LevelEntry, ...], Field(max_length=16)]
-    devices: Annotated[tuple[DeviceEntry, ...], Field(max_length=MAX_DEVICES)]
-    switches: Annotated[tuple[Name, ...], Field(max_length=2 * MAX_DEVICES)]
-    links: Annotated[tuple[LinkEntry, ...], Field(max_length=4 * MAX_DEVICES)]
+    devices: Annotated[tuple[DeviceEntry, ...], FailFast(), Field(max_length=MAX_DEVICES)]
+    switches: Annotated[tuple[Name, ...], FailFast(), Field(max_length=2 * MAX_DEVICES)]
+    links: Annotated[tuple[LinkEntry, ...], FailFast(), Field(max_length=4 * MAX_DEVICES)]
     collectives: Annotated[tuple[CollectiveEntry, ...], Field(max_length=1000)] = ()
 
 
@@ -92,9 +92,9 @@ class DeviceKind(StrictModel):
     """
 
     name: Name
-    memory_bytes: PositiveInt
+    memory_bytes: Memory
     peak_flop_per_s: Peaks
-    memory_bandwidth_bytes_per_s: Positive
+    memory_bandwidth_bytes_per_s: Rate
     level: Literal["gpu", "cpu"]
     links: Annotated[tuple[Name, ...], Field(min_length=1)]
     source: Source
@@ -115,7 +115,7 @@ class Switches(StrictModel):
 
     kind: Literal["switches"]
     per_switch: PositiveInt
-    uplink_bandwidth_bytes_per_s: Positive
+    uplink_bandwidth_bytes_per_s: Rate
 
 
 class Sockets(StrictModel):
@@ -130,10 +130,10 @@ class Sockets(StrictModel):
 
     kind: Literal["sockets"]
     per_switch: PositiveInt
-    uplink_bandwidth_bytes_per_s: Positive
+    uplink_bandwidth_bytes_per_s: Rate
     sockets: Annotated[int, Field(ge=2, le=64)]
     socket_latency_s: Latency
-    socket_bandwidth_bytes_per_s: Positive
+    socket_bandwidth_bytes_per_s: Rate
 
 
 class FatTree(StrictModel):
@@ -147,7 +147,7 @@ class FatTree(StrictModel):
     kind: Literal["fat_tree"]
     per_switch: PositiveInt
     spines: Annotated[int, Field(ge=1, le=1024)]
-    uplink_bandwidth_bytes_per_s: Positive
+    uplink_bandwidth_bytes_per_s: Rate
 
 
 class Torus(StrictModel):
@@ -162,7 +162,13 @@ class HTree(StrictModel):
     kind: Literal["h_tree"]
 
 
-Topology = Annotated[OneSwitch | Switches | Sockets | FatTree | Torus | HTree, Field(discriminator="kind")]
+class Pairs(StrictModel):
+    """A link of its own between any two ends: a shared medium, of which each pair has its part."""
+
+    kind: Literal["pairs"]
+
+
+Topology = Annotated[OneSwitch | Switches | Sockets | FatTree | Torus | HTree | Pairs, Field(discriminator="kind")]
 
 
 class LinkKind(StrictModel):
@@ -174,7 +180,7 @@ class LinkKind(StrictModel):
 
     name: Name
     latency_s: Latency
-    bandwidth_bytes_per_s: Positive
+    bandwidth_bytes_per_s: Rate
     duplex: Duplex
     topology: Topology = OneSwitch(kind="switch")
     source: Source

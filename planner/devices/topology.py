@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.devices.graph import Level, Link
-from planner.devices.schema import FatTree, HTree, LinkKind, OneSwitch, Sockets, Switches, Torus
+from planner.devices.schema import FatTree, HTree, LinkKind, OneSwitch, Pairs, Sockets, Switches, Torus
 from planner.errors import UsageError
 
 _BRANCH = 4
@@ -29,7 +29,7 @@ class Wiring:
     outer: Level | None = None
 
 
-def wire(ends: Sequence[str], hub: str, kind: LinkKind) -> Wiring:
+def wire(ends: Sequence[str], hub: str, kind: LinkKind) -> Wiring:  # noqa: PLR0911  # a table of topologies
     """Return the switches and links of this kind that join ends.
 
     Args:
@@ -53,6 +53,8 @@ def wire(ends: Sequence[str], hub: str, kind: LinkKind) -> Wiring:
             return _torus(ends, kind)
         case HTree():
             return _h_tree(ends, hub, kind)
+        case Pairs():
+            return Wiring((), tuple(_link(a, b, kind) for a, b in itertools.combinations(ends, 2)), None)
 
 
 def _link(a: str, b: str, kind: LinkKind, bandwidth_bytes_per_s: float | None = None) -> Link:

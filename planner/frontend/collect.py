@@ -1,14 +1,16 @@
 """From the nodes of a traced graph to layers: what each computes, and what it takes in."""
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from planner.errors import TraceError
 from planner.frontend.batch import PROBE
 from planner.frontend.calls import METADATA, Call, holds_tensor, is_in_place
-from planner.frontend.counting import flop_of
+from planner.frontend.counting import flop_of, is_transform
 from planner.frontend.drafts import Draft, Drafts, name_in_model, outputs, readers
-from planner.frontend.parameters import add_parameters, parameter_names
+from planner.frontend.parameters import add_parameters, has_weight_in_pieces, parameter_names
 from planner.frontend.recognize import recognize
 from planner.frontend.samples import MIXED, Samples, is_of_batch, roles_of, samples_of, samples_of_constant
 from planner.ir import ops
@@ -94,7 +96,7 @@ class Collector:
     @staticmethod
     def _is_light(call: Call) -> bool:
         """Return whether a function of constants is best computed by every reader: no products, no layers."""
-        return call.module is None and flop_of(call) == (0, 0)
+        return call.module is None and (is_transform(call) or flop_of(call) == (0, 0))
 
     def _operator(self, call: Call, data: list[fx.Node]) -> ops.Op:
         op = recognize(call, len(data))
@@ -103,6 +105,8 @@ class Collector:
                 return ops.Along("cat", (dim,))  # with constants
             case ops.Custom():
                 return ops.Custom(op.name, op.dimensions, *flop_of(call, self._found.batch))
+            case ops.Conv() | ops.Linear() if op.computed_weight and len(data) == 1:
+                return replace(op, computed_weight=not has_weight_in_pieces(call, self._found, self._names))
             case ops.Elementwise() | ops.Concat() | ops.Loss():
                 return op
             case _ if len(data) == 1 and not isinstance(op, ops.PerSample):

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,19 +25,28 @@ _PRODUCTS: Final = frozenset({
     "cov", "corrcoef", "affine_grid", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
 })  # fmt: skip
 """Functions of torch with matrix products or convolutions in them."""
+_TRANSFORMS: Final = frozenset({
+    "fft", "ifft", "rfft", "irfft", "hfft", "ihfft", "fft2", "ifft2", "rfft2", "irfft2", "hfft2", "ihfft2", "fftn",
+    "ifftn", "rfftn", "irfftn", "hfftn", "ihfftn", "stft", "istft",
+})  # fmt: skip
+"""Functions of torch with Fourier transforms in them."""
+_COMPLEX_PRODUCT: Final = 4
+"""Products of real numbers, and as many sums, in one of complex numbers."""
 
 
 def flop_of(call: Call, batch: int = PROBE) -> tuple[int, int]:
     """Return the FLOP of a call forward and backward for a batch, as ``FlopCounterMode`` counts them.
 
-    Backward counts gradients of what carries one only; that of grouped convolutions is right, unlike torch's.
+    Backward counts gradients of what carries one only; that of grouped convolutions is right, unlike torch's. Fourier
+    transforms, which torch's counter does not know, count as ``fourier_flop``, and a product of complex matrices as the
+    four of real ones that it takes.
 
     Args:
         call: of the traced graph.
         batch: samples; those that were traced if left out.
     """
     target = call.node.target
-    if call.module is None and call.name not in _PRODUCTS and not _is_foreign(target):
+    if call.module is None and call.name not in _PRODUCTS | _TRANSFORMS and not _is_foreign(target):
         return 0, 0
     if call.module is not None and not _is_foreign(type(call.module)) and not list(call.module.parameters()):
         return 0, 0
@@ -47,6 +56,24 @@ def flop_of(call: Call, batch: int = PROBE) -> tuple[int, int]:
         return forward, 2 * forward
     ahead, back = _counted(call)
     return sum(scaled(n, batch) for n in ahead), sum(scaled(n, batch) for n in back)
+
+
+def is_transform(call: Call) -> bool:
+    """Return whether a call is a Fourier transform, which costs little more than an element-wise operator."""
+    return call.module is None and call.name in _TRANSFORMS
+
+
+def fourier_flop(sizes: Sequence[int], *, of_real: bool) -> int:
+    """Return the nominal FLOP of one fast Fourier transform over n points: 5 n log2 n, half of it for real ones.
+
+    The convention of FFTW's benchmark [Frigo05]; the algorithm that a library takes needs somewhat fewer or more.
+
+    Args:
+        sizes: points in each dimension, as real numbers where one side is real.
+        of_real: whether input or output is real.
+    """
+    points = math.prod(sizes)
+    return round(5 * points * math.log2(points) / (2 if of_real else 1)) if points > 1 else 0
 
 
 def _is_foreign(target: Any) -> bool:
@@ -95,13 +122,16 @@ def _counter(counts: list[int]) -> FlopCounterMode:
 
     def recording(formula: Callable[..., int]) -> Callable[..., int]:
         def record(*args: Any, **kwargs: Any) -> int:
-            counts.append(formula(*args, **kwargs))
+            is_complex = any(isinstance(a, torch.Tensor) and a.is_complex() for a in args) and formula is not _transform
+            counts.append(formula(*args, **kwargs) * (_COMPLEX_PRODUCT if is_complex else 1))
             return counts[-1]
 
         record._get_raw = True  # type: ignore[attr-defined]  # as formulas of torch say that they take tensors
         return record
 
-    formulas = {**flop_registry, torch.ops.aten.convolution_backward: _conv_backward_flop}
+    aten = torch.ops.aten
+    transforms = dict.fromkeys((aten._fft_r2c, aten._fft_c2r, aten._fft_c2c), _transform)
+    formulas = {**flop_registry, aten.convolution_backward: _conv_backward_flop, **transforms}
     return FlopCounterMode(display=False, custom_mapping={name: recording(f) for name, f in formulas.items()})
 
 
@@ -115,6 +145,14 @@ def _conv_backward_flop(*arguments: Any, **results: Any) -> int:
     positions = (x if transposed else gradient).shape
     each: int = 2 * positions[0] * math.prod(positions[2:]) * math.prod(weight.shape)
     return each * sum(map(bool, wanted[:2]))
+
+
+def _transform(x: torch.Tensor, dims: Sequence[int], *_: Any, out_val: torch.Tensor) -> int:
+    """Return the FLOP of ATen's Fourier transforms along some dimensions, one for every other position."""
+    of_real = not (x.is_complex() and out_val.is_complex())
+    longer = out_val if x.is_complex() and of_real else x
+    sizes = [longer.shape[d] for d in dims]
+    return longer.numel() // math.prod(sizes) * fourier_flop(sizes, of_real=of_real)
 
 
 def _on_meta(call: Call) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from planner.errors import TraceError
 from planner.frontend.calls import tensor_inputs
+from planner.frontend.changes import changes_of
 from planner.frontend.collect import Collector
 from planner.frontend.drafts import Draft, Drafts, name_in_model
 from planner.frontend.merge import merge
@@ -35,6 +36,7 @@ class TracedModel:
         keywords: names of the inputs that are passed by keyword.
         written_in_evaluation: buffers that the model writes into in evaluation too; only looked for where a
             plan is run (``runtime.parallel.trace_for``).
+        changes: sentences of transforms that made the model another one than it was (``planner.frontend.changes``).
         evaluation: what the model is in evaluation, where its code asks for the mode and it is not the same; a
             sentence where that cannot be traced. Only looked for where a plan is run.
         traced_by: ``fx`` (the concrete tracer) or ``export`` (``torch.export``, the fallback).
@@ -47,6 +49,7 @@ class TracedModel:
     keywords: tuple[str, ...] = ()
     traced_by: str = "fx"
     written_in_evaluation: frozenset[str] = frozenset()
+    changes: tuple[str, ...] = ()
     evaluation: "TracedModel | str | None" = None
 
 
@@ -96,6 +99,7 @@ def trace_layers(
         sizes,
         tuple(keywords),
         getattr(graph, "traced_by", "fx"),
+        changes=changes_of(module),
     )
 
 

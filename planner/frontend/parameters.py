@@ -6,10 +6,10 @@ import torch
 from torch import fx, nn
 
 from planner.errors import TraceError
-from planner.frontend.calls import METADATA, Call, name_of
+from planner.frontend.calls import METADATA, Call, name_of, shape_of
 from planner.frontend.custom import custom_rule
 from planner.frontend.drafts import Draft, Drafts
-from planner.frontend.recognize import operands
+from planner.frontend.recognize import is_of_elements, operands
 from planner.frontend.trace import attribute
 from planner.ir import ops
 from planner.ir.graph import Parameter
@@ -42,7 +42,7 @@ def add_parameters(found: Drafts, names: dict[int, str], draft: Draft, call: Cal
     for node in constants:
         for source in _attributes_behind(node):
             tensor = attribute(found.root, str(source.target))
-            role = roles.get(node, "") if source is node else ""
+            role = roles.get(node, "")
             _add(draft, names.get(id(tensor)), _described(tensor, role, op) if role else _whole(tensor))
     if call.module is None:
         return
@@ -51,6 +51,40 @@ def add_parameters(found: Drafts, names: dict[int, str], draft: Draft, call: Cal
         if not isinstance(op, _WITH_PIECES | ops.Custom):
             parameter = _whole(tensor, role)
         _add(draft, names.get(id(tensor)), parameter)
+
+
+def has_weight_in_pieces(call: Call, found: Drafts, names: dict[int, str]) -> bool:
+    """Return whether a rank can compute its piece of a product's weight from the same pieces of parameters.
+
+    So it is where the weight is made element by element of parameters and buffers of its own shape: under a mask,
+    binarised, scaled by a number.
+
+    Args:
+        call: a product whose weight or bias is computed.
+        found: all layers.
+        names: of ``parameter_names``.
+    """
+    operand = operands(call)
+    weight, bias = operand["weight"], operand["bias"]
+    if weight not in found.constant or (bias is not None and bias.op != "get_attr"):
+        return False
+    assert weight is not None
+    shape, open_nodes = shape_of(weight), [weight]
+    seen: set[fx.Node] = set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if shape_of(node) != shape:
+            return False
+        if node.op == "get_attr":
+            if id(attribute(found.root, str(node.target))) not in names:
+                return False  # no state, so that nobody would cut it
+        elif not is_of_elements(Call.of(node, found.root)):
+            return False
+        open_nodes.extend(node.all_input_nodes)
+    return True
 
 
 def _add(draft: Draft, name: str | None, parameter: Parameter) -> None:

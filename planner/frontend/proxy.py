@@ -68,7 +68,16 @@ def call_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = function.__name__
     call.__module__ = function.__module__
+    call.elementwise = getattr(function, "elementwise", False) is True  # type: ignore[attr-defined]  # of this function
     return call
+
+
+def says_elementwise(node: fx.Node) -> bool:
+    """Return whether a node calls a user's ``autograd.Function`` whose class says ``elementwise = True``.
+
+    Nobody can see it from outside, so without the word such a function is split by samples only.
+    """
+    return node.op == "call_function" and getattr(node.target, "elementwise", False) is True
 
 
 def takes_samples_apart() -> TraceError:

@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from planner.frontend.calls import SPELLINGS, Call, name_of, shape_of
+from planner.frontend.calls import RANDOM, SPELLINGS, Call, is_in_place, name_of, shape_of
 from planner.frontend.custom import custom_rule, is_custom
+from planner.frontend.proxy import says_elementwise
 from planner.frontend.views import each, interpolation, padding, reshape, view_operator
 from planner.ir import ops
 
@@ -192,8 +193,19 @@ def _of_function(call: Call, data: int) -> ops.Op | None:
         if op is not None:
             return op
     of_one = call.name in _ELEMENTWISE and data <= 1 and call.source == call.shape
-    many = call.name in _ARITHMETIC and all(_broadcasts(shape_of(t), call.shape) for t in call.tensors)
+    of_many = call.name in _ARITHMETIC or says_elementwise(call.node)
+    many = of_many and all(_broadcasts(shape_of(t), call.shape) for t in call.tensors)
     return ops.Elementwise(call.name) if of_one or many else None
+
+
+def is_of_elements(call: Call) -> bool:
+    """Return whether every element of a function's result is computed of the same element of its inputs alone.
+
+    Functions that draw numbers or write into their input are not, nor are modules.
+    """
+    if call.module is not None or call.name in RANDOM or is_in_place(call.node, None):
+        return False
+    return call.name in _ELEMENTWISE | _ARITHMETIC or says_elementwise(call.node)
 
 
 def values_of(node: fx.Node) -> list[fx.Node]:

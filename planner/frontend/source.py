@@ -71,7 +71,7 @@ def load_model(
     if not colon:
         known = entry(reference)
         module = _call(known.build, reference, arguments, [device])
-        return LoadedModel(module, known.name, reference, (known.input_shape,))
+        return LoadedModel(module, known.name, reference, known.input_shapes)
     library, _, name = reference.partition(":")
     if library in zoo.LIBRARIES:
         found = zoo.find(reference, arguments)
@@ -82,6 +82,24 @@ def load_model(
         factory = _find(reference, path or place, attribute)
         module = _call(factory, reference, arguments, _ways(device))
     return LoadedModel(module, attribute, reference, _input_shapes(factory) or _input_shapes(module))
+
+
+def load_callable(reference: str, what: str) -> Callable[..., Any]:
+    """Return the callable that ``package.module:callable`` or ``path/to/file.py:callable`` means.
+
+    Args:
+        reference: as a MODEL argument.
+        what: it is, for the message.
+
+    Raises:
+        UsageError: the file, module or callable does not exist, or its code raises.
+    """
+    place, colon, attribute = reference.rpartition(":")
+    if not colon:
+        raise UsageError(f"{what} {reference!r}: give package.module:callable or path/to/file.py:callable")
+    path = Path(place) if place.endswith(".py") else None
+    with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
+        return _find(reference, path or place, attribute)
 
 
 @contextmanager

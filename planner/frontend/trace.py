@@ -21,6 +21,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 from planner.errors import TraceError
@@ -180,7 +182,7 @@ class _Tracer(fx.Tracer):
         """Return whether a module is one operator: torch's own, or a subclass that keeps torch's ``forward``."""
         if type(m).__name__ in _RANDOM_LEAVES or is_custom(type(m)):
             return True
-        if hasattr(m, "parametrizations"):
+        if hasattr(m, "parametrizations") or _is_pruned_product(m):
             return False  # its weight is computed from others
         home = m.forward.__module__  # an instance may have a forward of its own
         if home.startswith("torch.nn.utils"):
@@ -266,6 +268,12 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]  # as it was
         functional.scaled_dot_product_attention = attention
+
+
+def _is_pruned_product(module: nn.Module) -> bool:
+    """Return whether a hook of ``torch.nn.utils.prune`` computes the weight of a convolution or linear layer."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _ConvNd | nn.Linear) and any(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
 
 
 def _value(argument: Any) -> Any:

@@ -20,8 +20,16 @@ from planner.ir.ops import (
     Reshape,
 )
 from planner.ir.split import LayerId
+from planner.ir.tensor import DType
 
 Shape = tuple[int, ...]
+
+
+def real_products(op: Op, dtype: DType) -> int:
+    """Return how many products of real tensors make one of this type; torch convolves complex ones by three."""
+    if dtype not in {DType.COMPLEX64, DType.COMPLEX128}:
+        return 1
+    return 4 if isinstance(op, Linear) else 3
 
 
 def multiply_adds(op: Op, inputs: Sequence[Shape], output: Shape) -> int:
@@ -108,7 +116,7 @@ def _flop(layer: Layer, inputs: Sequence[Shape], output: Shape, *, input_gradien
         forward, backward = round(layer.op.forward_flop * share), round(layer.op.backward_flop * share)
         backward = backward if trains else 0
         return (forward, backward, 0) if input_gradient else (forward, 0, backward)
-    flop = 2 * multiply_adds(layer.op, inputs, output)
+    flop = 2 * multiply_adds(layer.op, inputs, output) * real_products(layer.op, layer.output.dtype)
     trained = any(p.trainable and _is_in_weight(p, layer.op) for p in layer.params)
     return flop, flop if input_gradient and trains else 0, flop if trained and trains else 0
 
@@ -136,7 +144,7 @@ def gradient_flow(graph: LayerGraph) -> dict[LayerId, bool]:
     """Return for each layer whether its output carries a gradient in training: not behind ``detach``."""
     flows: dict[LayerId, bool] = {}
     for layer in graph.layers:
-        own = any(p.trainable for p in layer.params) or layer.op == Receive(has_gradient=True)
+        own = any(p.trainable for p in layer.params) or (isinstance(layer.op, Receive) and layer.op.has_gradient)
         before = layer.op != _DETACH and any(flows[i] for i in layer.inputs)
         flows[layer.id] = layer.output.dtype.is_floating and (own or before) and not _ends_gradient(layer)
     return flows
@@ -151,13 +159,21 @@ def _ends_gradient(layer: Layer) -> bool:
 
 def total_flop(graph: LayerGraph) -> tuple[int, int]:
     """Return the FLOP of the whole network's forward and backward pass for the global batch."""
+    found = _whole_work(graph)
+    return sum(work.forward_flop for work in found), sum(work.backward_flop for work in found)
+
+
+def layer_flop(graph: LayerGraph) -> tuple[int, ...]:
+    """Return the FLOP of every layer, forward and backward together, for the global batch."""
+    return tuple(work.forward_flop + work.backward_flop for work in _whole_work(graph))
+
+
+def _whole_work(graph: LayerGraph) -> list[Work]:
     flows = gradient_flow(graph)
-    forward = backward = 0
-    for layer in graph.layers:
-        found = work(
+    return [
+        work(
             layer, [s.shape for s in graph.inputs_of(layer)], layer.output.shape,
             [p.spec.shape for p in layer.params], input_gradient=any(flows[i] for i in layer.inputs),
-        )  # fmt: skip
-        forward += found.forward_flop
-        backward += found.backward_flop
-    return forward, backward
+        )
+        for layer in graph.layers
+    ]  # fmt: skip

@@ -18,7 +18,7 @@ class Dimension(StrEnum):
     """Split the reduction; the partial sums are reduce-scattered into output channels."""
     REPLICATE = "replicate"
     BROADCAST = "broadcast"
-    """Of a redistribute layer only: equal copies whose gradients are addends of one sum."""
+    """Of what only moves or arrives: equal copies whose gradients are addends of one sum."""
 
 
 CHANNEL_DIMENSIONS = frozenset({Dimension.OUT_CHANNEL, Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})

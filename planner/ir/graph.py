@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 
 import networkx as nx
 
+from planner import html
 from planner.ir.canonical import sha256_of
-from planner.ir.ops import Input, Op, Output, Receive, Redistribute, Send
+from planner.ir.ops import Input, Op, Output, Receive, Redistribute, Send, describe
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
+from planner.units import format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,16 @@ class LayerGraph:
         graph.add_edges_from((i, layer.id) for layer in self.layers for i in layer.inputs)
         return graph
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the layers in order."""
+        rows = [
+            (str(layer.id), describe(layer.op), " x ".join(map(str, layer.output.shape)) or "scalar", _params_of(layer))
+            for layer in self.layers
+        ]
+        title = f"{self.name}, batch {self.batch}: {len(rows)} layers, {format_count(self.num_params)} parameters"
+        layers = html.table(("layer", "operator", "output", "parameters"), rows, num_text=3)
+        return html.titled(title, html.folded("layers", layers))
+
     @functools.cached_property
     def num_params(self) -> int:
         """Trainable parameters; those that layers share count once."""
@@ -132,6 +144,11 @@ class LayerGraph:
     def digest(self) -> str:
         """Hash of everything but the model's name and the places in the code."""
         return sha256_of([_plain(layer) for layer in self.layers])
+
+
+def _params_of(layer: Layer) -> str:
+    count = sum(parameter.spec.numel for parameter in layer.params if parameter.trainable)
+    return format_count(count) if count else ""
 
 
 def _plain(layer: Layer) -> dict[str, object]:

@@ -27,6 +27,8 @@ class Receive:
     kind: ClassVar[str] = "receive"
     has_gradient: bool
     """Its gradient goes back to where it came from."""
+    is_shared: bool = False
+    """Every rank gets all of it, and addends of its gradient go back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ alone. The layout algebra turns these placements into regions, transfers and gra
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
 from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.graph import Layer, LayerGraph
 from planner.ir.halo import AdaptiveWindow, AnyWindow, InterpolationWindow, ScaleWindow, TransposedWindow, Window
-from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, LayoutFamily, Placement, Whole, family
+from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Interval, Layout, LayoutFamily, Placement, Whole, family
 from planner.ir.mesh import Mesh
 from planner.ir.ops import (
     AdaptivePool,
@@ -45,7 +45,7 @@ from planner.ir.ops import (
     Send,
     Softmax,
 )  # fmt: skip
-from planner.ir.split import Split
+from planner.ir.split import Shares, Split
 from planner.ir.tensor import TensorSpec
 
 
@@ -118,6 +118,8 @@ def rule(op: Op, inputs: Specs, output: TensorSpec) -> Rule:  # noqa: C901, PLR0
                 _of_dims(inputs, output, {0: 0}), inputs, output,
                 [ScaleWindow(n, 1, factor) if back else ScaleWindow(n, factor, 1) for n in output.shape[2:]],
             )  # fmt: skip
+        case Receive(is_shared=True):
+            return Rule({Dimension.BROADCAST: Effect((), Whole.SHARED)})
         case BatchNorm() | Elementwise() | Dropout() | Input() | Output() | Receive() | Send():
             return _pointwise(inputs, output)
         case GroupNorm():  # statistics are sums over the ranks that hold parts of space
@@ -411,6 +413,7 @@ class _Held:
     out_dim: int | None
     in_dim: int | None
     whole: bool
+    trainable: bool
 
 
 def _param_placement(parameter: _Held, dimension: Dimension, computed: Placement) -> Placement:
@@ -436,6 +439,16 @@ class _Tensors:
     inputs: tuple[LayoutFamily, ...]
     output: LayoutFamily
     params: tuple[LayoutFamily, ...]
+
+    def with_shares(self, shares: tuple[Shares, ...]) -> "_Tensors":
+        """Return them with shares of the mesh axes."""
+        if not shares:
+            return self
+        inputs, output, params = (
+            [family(t.shape, t.mesh, t.cuts, shares) for t in each]
+            for each in (self.inputs, (self.output,), self.params)
+        )
+        return _Tensors(tuple(inputs), output[0], tuple(params))
 
 
 @dataclass(frozen=True)
@@ -493,11 +506,27 @@ class Partition:
         """
         found = self._found.get(split)
         if found is None:
-            found = self._found[split] = self._layouts(split.dimensions)
+            tensors = self._enlarged(dict(split.tiles)) if split.tiles else self._tensors
+            found = self._found[split] = self._layouts(tensors.with_shares(split.weights), split.dimensions)
         return found
 
-    def _layouts(self, dimensions: tuple[Dimension, ...]) -> LayerLayouts:
-        tensors, chosen = self._tensors, [self.effects[d] for d in dimensions]
+    def _enlarged(self, tiles: Mapping[int, tuple[Interval, ...]]) -> _Tensors:
+        """Return the tensors where ranks compute these intervals of output dimensions, and read what they need."""
+        plain = self._tensors
+        cuts = [list(x.cuts) for x in plain.inputs]
+        for effect in self.effects.values():
+            for own, dim in zip(cuts, effect.inputs, strict=True):
+                if isinstance(dim, int) and isinstance(effect.output, int) and effect.output in tiles:
+                    own[dim] = replace(own[dim], tiles=tiles[effect.output])
+        output = tuple(replace(c, tiles=tiles[d]) if d in tiles else c for d, c in enumerate(plain.output.cuts))
+        return _Tensors(
+            tuple(family(x.shape, self.mesh, tuple(own)) for x, own in zip(plain.inputs, cuts, strict=True)),
+            family(plain.output.shape, self.mesh, output),
+            plain.params,
+        )
+
+    def _layouts(self, tensors: _Tensors, dimensions: tuple[Dimension, ...]) -> LayerLayouts:
+        chosen = [self.effects[d] for d in dimensions]
         computed = tensors.output.at(tuple(e.output for e in chosen))
         channel = channel_dim(self.op, self.output)
         resolved = tuple(_resolved(d, e.output, channel) for d, e in zip(dimensions, chosen, strict=True))
@@ -511,7 +540,7 @@ class Partition:
 
     def is_legal(self, split: Split) -> bool:
         """Return whether the layer may be split so: known dimensions, no empty piece, whole groups, real samples."""
-        if any(dimension not in self.effects for dimension in split.dimensions):
+        if any(dimension not in self.effects for dimension in split.dimensions) or not self._allows_shares(split):
             return False
         found = self.layouts(split)
         if any(layout.has_empty_piece() for layout in (*found.inputs, found.output, *found.params)):
@@ -526,6 +555,32 @@ class Partition:
             case _:
                 return True
 
+    def _allows_shares(self, split: Split) -> bool:
+        """Return whether shares have a meaning, and a rank that is idle can hold nothing.
+
+        What is cut has no weight of 0; what is not cut has one weight that is not 0. A number has no part that could
+        be empty, and constants of the model are computed by every rank from whole parameters.
+        """
+        given = dict(split.shares)
+        sizes = {axis.name: axis.size for axis in self.mesh.axes}
+        for axis, dimension in split.axes:
+            own = given.get(axis)
+            if own is None:
+                continue
+            is_cut = dimension not in {Dimension.REPLICATE, Dimension.BROADCAST}
+            if len(own) != sizes[axis] or (0 in own) == is_cut or dimension is Dimension.BROADCAST:
+                return False
+            if not is_cut and (own.count(0) != len(own) - 1 or not self._may_be_idle):
+                return False
+        return True
+
+    @functools.cached_property
+    def _may_be_idle(self) -> bool:
+        """Whether a rank can hold nothing of the layer."""
+        shapes = [spec.shape for spec in (*self.inputs, self.output)]
+        trained = [held.shape for held in self.params if held.trainable]
+        return all((*shapes, *trained)) and not any(held.whole for held in self.params)
+
 
 _partition = functools.lru_cache(maxsize=1 << 12)(Partition)
 
@@ -538,7 +593,7 @@ def partition(layer: Layer, inputs: Specs, mesh: Mesh) -> Partition:
         inputs: the tensors that it reads.
         mesh: the ranks.
     """
-    params = tuple(_Held(p.spec.shape, p.out_dim, p.in_dim, p.whole) for p in layer.params)
+    params = tuple(_Held(p.spec.shape, p.out_dim, p.in_dim, p.whole, p.trainable) for p in layer.params)
     return _partition(layer.op, inputs, layer.output, params, mesh)
 
 
@@ -579,8 +634,9 @@ def is_legal(layer: Layer, graph: LayerGraph, mesh: Mesh, split: Split) -> bool:
 
 def _on_borders(layout: Layout, unit: int, groups: int) -> bool:
     """Return whether the channel pieces consist of whole groups, as many on input as on output."""
-    expected = Layout((groups,), layout.mesh,
-                      tuple(0 if p == 1 else Whole.EQUAL for p in layout.placements), (CHUNK,))  # fmt: skip
+    placements = tuple(0 if p == 1 else Whole.EQUAL for p in layout.placements)
+    shares = tuple(own if p == 1 else None for p, own in zip(layout.placements, layout.shares, strict=False))
+    expected = family((groups,), layout.mesh, (CHUNK,), shares).at(placements)
     return layout.pieces(1) == tuple((a * unit, b * unit) for a, b in expected.pieces(0))
 
 
@@ -594,9 +650,19 @@ def io_splits(layer: Layer, mesh: Mesh, io: InputOutput, allowed: Collection[Dim
     return _legal(_partition(Input(), (), spec, (), mesh), dims, mesh)
 
 
+def is_io_legal(layer: Layer, mesh: Mesh, io: InputOutput, split: Split) -> bool:
+    """Return whether an input or output of the model may be split so; where it is cut, in any shares but 0."""
+    if Split(split.axes) not in io_splits(layer, mesh, io, frozenset(Dimension)):
+        return False
+    is_busy = not any(0 in weights for _, weights in split.shares)
+    return is_busy and _partition(Input(), (), layer.output, (), mesh).is_legal(split)
+
+
 def io_layout(spec: TensorSpec, mesh: Mesh, split: Split) -> Layout:
-    """Return which region of an input or output of the model each rank passes or gets."""
-    return _partition(Input(), (), spec, (), mesh).layouts(split).output
+    """Return which region of an input or output of the model, or of what is received, each rank passes or gets."""
+    regions = tuple(Dimension.REPLICATE if d is Dimension.BROADCAST else d for d in split.dimensions)
+    kept = Split.of(mesh, regions).with_shares(dict(split.shares))
+    return _partition(Input(), (), spec, (), mesh).layouts(kept).output
 
 
 def legal_splits(

@@ -22,7 +22,7 @@ class StepKind(StrEnum):
     SLICE = "slice"
     """Keep a part of the own region."""
     PAD = "pad"
-    """Put the own region into zeros: disjoint pieces become addends."""
+    """Put the own region into zeros: pieces become addends, or addends of more."""
     MASK = "mask"
     """Keep the first of equal copies, zero the others: copies become addends."""
     ALL_REDUCE = "all_reduce"
@@ -68,8 +68,10 @@ class Relation(StrEnum):
     """What the pieces of a dimension before are to those after."""
 
     OVERLAPPING = "overlapping"
-    """Those before have elements in common, which are addends."""
+    """Those before have elements in common, which are addends to be summed."""
     SAME = "same"
+    WIDENED = "widened"
+    """Those after contain those before, and are addends too: a rank adds zeros around its own."""
     COVERING = "covering"
     """Every rank has what it needs."""
     NESTED = "nested"
@@ -105,10 +107,14 @@ def change(before: Division, after: Division) -> Change:
 
 
 def _relation(a: Division, b: Division) -> Relation:
-    if a.overlaps:
-        return Relation.OVERLAPPING
-    if a is b or (a.axes == b.axes and a.pieces == b.pieces):
+    is_same = a is b or (a.axes == b.axes and a.pieces == b.pieces)
+    are_addends = a.overlaps and a.cut.addends
+    if is_same and (b.cut.addends or not are_addends):
         return Relation.SAME
+    if b.cut.addends and a.axes == b.axes and _covers(b, a):
+        return Relation.WIDENED
+    if are_addends:
+        return Relation.OVERLAPPING
     if _covers(a, b):
         return Relation.COVERING
     return Relation.NESTED if _nests(a, b) else Relation.OTHER
@@ -133,7 +139,7 @@ def _covers(a: Division, b: Division) -> bool:
     """Return whether every rank's piece in ``a`` contains the one in ``b``."""
     rank = 1 + max((*a.axes, *b.axes), default=-1)
     (a_start, a_stop), (b_start, b_stop) = a.over(rank), b.over(rank)
-    return bool(((a_start <= b_start) & (b_stop <= a_stop)).all())
+    return bool(((a_start <= b_start) & (b_stop <= a_stop) | (b_start >= b_stop)).all())
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -157,15 +163,15 @@ def _replace_axes(layout: Layout, axes: tuple[int, ...], placement: Placement) -
 
 def _with_dim_of(layout: Layout, other: Layout, dims: set[int]) -> Layout:
     """Return ``layout`` with the given tensor dimensions placed and cut as in ``other``."""
-    placements = list(layout.placements)
+    placements, shares = list(layout.placements), list(layout.shares or (None,) * len(layout.placements))
     for i, placement in enumerate(layout.placements):
         if placement in dims:
-            placements[i] = Whole.EQUAL
+            placements[i], shares[i] = Whole.EQUAL, None
     for i, placement in enumerate(other.placements):
         if placement in dims:
-            placements[i] = placement
+            placements[i], shares[i] = placement, other.shares[i] if other.shares else None
     cuts = tuple(other.cuts[d] if d in dims else cut for d, cut in enumerate(layout.cuts))
-    return family(layout.shape, layout.mesh, cuts).at(tuple(placements))
+    return family(layout.shape, layout.mesh, cuts, tuple(shares)).at(tuple(placements))
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -175,6 +181,7 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
     Partial sums are resolved first, by a reduce-scatter where the target cuts that axis innermost,
     else by an all-reduce. The rest is a local slice, all-gathers along innermost axes, or one
     exchange. SHARED and EQUAL copies hold the same values; they differ in their gradients only.
+    Where ranks are idle before or after, what is left behind partial sums is one slice or one exchange.
     """
     found: list[Step] = []
     current = source
@@ -185,7 +192,8 @@ def steps(source: Layout, target: Layout) -> tuple[Step, ...]:
         current = after
 
     partial = tuple(a for a in source.axes_with(Whole.PARTIAL) if target.placements[a] is not Whole.PARTIAL)
-    for dim in range(len(source.shape)) if partial else ():
+    is_idle = source.has_idle or target.has_idle
+    for dim in range(len(source.shape)) if partial and not is_idle else ():
         axes = tuple(a for a in partial if target.placements[a] == dim)
         if axes and current.axes_of(dim) + axes == target.axes_of(dim):
             scattered = _with_dim_of(current, target, {dim})
@@ -214,7 +222,7 @@ def is_halo(source: Layout, target: Layout) -> bool:
 
     Both directions are then one exchange each, which the runtime can run beside computing (``runtime.lowering.halo``).
     """
-    if source.placements != target.placements:
+    if source.placements != target.placements or source.shares != target.shares or source.has_idle:
         return False
     both = steps(source, target), steps(target.gradient, source.gradient)
     return all(len(found) == 1 and found[0].kind is StepKind.EXCHANGE for found in both)
@@ -223,7 +231,7 @@ def is_halo(source: Layout, target: Layout) -> bool:
 def _before_partial(current: Layout, target: Layout, axes: tuple[int, ...]) -> Layout:
     """Return the target with the axes that will become addends still as pieces, or else as copies."""
     goal = _replace_axes(target, axes, Whole.EQUAL)
-    for dim in range(len(target.shape)):
+    for dim in range(len(target.shape)) if not (current.has_idle or target.has_idle) else ():
         padded = tuple(a for a in axes if current.placements[a] == dim)
         if padded and goal.axes_of(dim) + padded == current.axes_of(dim):
             kept = _with_dim_of(goal, current, {dim})
@@ -238,12 +246,17 @@ def _move(current: Layout, target: Layout, add: Callable[..., None]) -> None:
     freed = cut_before = is_apart = 0
     for each in changes:
         freed, cut_before, is_apart = freed | each.freed, cut_before | each.cut_before, is_apart | each.is_apart
+    if current.has_idle or target.has_idle:
+        is_apart |= int(any(each.relation is Relation.NESTED for each in changes))
     if takes_exchange(is_apart, freed, target.cutting_axes):
-        add(StepKind.EXCHANGE, tuple(a for a in range(len(current.placements)) if cut_before >> a & 1), target)
+        kept = _idle_alike(current, target)
+        talking = (a for a in range(len(current.placements)) if cut_before >> a & 1 and a not in kept)
+        add(StepKind.EXCHANGE, tuple(talking), target)
         return
     covered = {d for d, each in enumerate(changes) if each.relation is Relation.COVERING}
     if covered:
-        sliced = _with_dim_of(current, target, covered)
+        is_whole = current.has_idle or target.has_idle  # then nothing is left to gather
+        sliced = target if is_whole else _with_dim_of(current, target, covered)
         add(StepKind.SLICE, (), sliced)
         current = sliced
     for dim, each in enumerate(changes):
@@ -252,6 +265,19 @@ def _move(current: Layout, target: Layout, add: Callable[..., None]) -> None:
             axes = tuple(a for a in current.axes_of(dim) if a not in target.axes_of(dim))
             add(StepKind.ALL_GATHER, axes, whole, dim)
             current = whole
+    widened = {d for d, each in enumerate(changes) if each.relation is Relation.WIDENED}
+    if widened:
+        add(StepKind.PAD, (), _with_dim_of(current, target, widened))
+
+
+def _idle_alike(before: Layout, after: Layout) -> set[int]:
+    """Return the axes on which the same one coordinate holds all in both layouts: nothing moves along these."""
+    both = zip(before.placements, after.placements, before.shares, after.shares, strict=False)
+    return {
+        axis
+        for axis, (first, second, own, other) in enumerate(both)
+        if own == other and 0 in (own or ()) and not isinstance(first, int) and not isinstance(second, int)
+    }
 
 
 def transfers(source: Layout, target: Layout) -> tuple[Transfer, ...]:
@@ -262,7 +288,7 @@ def transfers(source: Layout, target: Layout) -> tuple[Transfer, ...]:
     halos of a gradient) are to be added. A copy whose source is its target stays in place.
     """
     mesh = source.mesh
-    cut_axes = [a for a, p in enumerate(source.placements) if isinstance(p, int)]
+    cut_axes = source.dividing_axes
     found = []
     for position in range(mesh.size):
         own = mesh.coordinates(position)

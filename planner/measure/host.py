@@ -9,7 +9,8 @@ import hashlib
 import logging
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ from planner.devices.graph import DeviceGraph
 from planner.devices.library import device_kinds
 from planner.devices.schema import CollectiveEntry, DeviceKind
 from planner.errors import UsageError
-from planner.ir.canonical import StrictModel, decode_file, write_atomically
+from planner.ir.canonical import Memory, PositiveSeconds, Rate, StrictModel, decode_file, write_atomically
 from planner.measure.clock import time_call
 from planner.measure.links import measured_graph
 from planner.profile.roofline import Roofline
@@ -35,6 +36,10 @@ LAUNCH_LAYERS: Final = 16
 COPY_ELEMENTS: Final = 2**23
 """32 MiB in fp32: larger than a core's share of the last-level cache."""
 MAX_LOCAL_RANKS: Final = 64
+SUSTAINED_S: Final = 1.0
+"""Of ``sustained_rate``."""
+SPEED_NOISE: Final = 0.15
+"""Relative difference between ranks that is none: equal processors differ so from second to second."""
 FORMAT: Final = 2
 """Of the cached measurements; files of another format are left alone and measured anew."""
 
@@ -51,12 +56,12 @@ class HostRates(StrictModel):
         collectives: between all processes; none for one process.
     """
 
-    conv_flop_per_s: float
-    linear_flop_per_s: float
-    bandwidth_bytes_per_s: float
-    update_bytes_per_s: float
-    launch_s: float
-    memory_bytes: int
+    conv_flop_per_s: Rate
+    linear_flop_per_s: Rate
+    bandwidth_bytes_per_s: Rate
+    update_bytes_per_s: Rate
+    launch_s: PositiveSeconds
+    memory_bytes: Memory
     collectives: tuple[CollectiveEntry, ...] = ()
 
 
@@ -157,6 +162,33 @@ def median_rates(found: list[HostRates]) -> HostRates:
     names = [name for name in HostRates.model_fields if name != "collectives"]
     merged = {name: float(np.median([getattr(r, name) for r in found])) for name in names}
     return found[0].model_copy(update={**merged, "memory_bytes": int(merged["memory_bytes"])})
+
+
+def relative_speeds(found: Sequence[HostRates], sustained: Sequence[float]) -> tuple[HostRates, list[float]]:
+    """Return what the fast ranks reach, and the speed of every rank relative to that; small differences are noise.
+
+    Args:
+        found: of every rank.
+        sustained: of every rank, ``sustained_rate``.
+    """
+    fast = [k for k, rate in enumerate(sustained) if rate > (1 - SPEED_NOISE) * max(sustained)]
+    typical = float(np.median([sustained[k] for k in fast]))
+    speeds = [1.0 if k in fast else round(rate / typical, 2) for k, rate in enumerate(sustained)]
+    return median_rates([found[k] for k in fast]), speeds
+
+
+def sustained_rate() -> float:
+    """Return how often a second this rank trains a convolution, over a whole second.
+
+    A rank that gets a processor for a part of the time only is as quick as any other in most single calls.
+    """
+    x, conv = torch.randn(8, 64, 28, 28, generator=torch.Generator().manual_seed(0)), nn.Conv2d(64, 64, 3, padding=1)
+    conv(x).sum().backward()
+    count, start = 0, time.perf_counter()
+    while (passed_s := time.perf_counter() - start) < SUSTAINED_S:
+        conv(x).sum().backward()
+        count += 1
+    return count / passed_s
 
 
 def _trained_rate(

@@ -13,6 +13,7 @@ from planner.ir.ops import describe
 from planner.plan.schema import (
     AxisPart,
     BaselinePart,
+    BranchesPart,
     ClusterPart,
     ConstraintPart,
     CostPart,
@@ -42,6 +43,7 @@ class Found:
         timeline: the simulated step.
         num_replaced: layers where a fixed strategy's dimension is illegal.
         note: why a fixed strategy could not have been planned.
+        branches: what was looked at of branches that run at the same time.
     """
 
     solver: str
@@ -53,11 +55,15 @@ class Found:
     timeline: Timeline
     num_replaced: int
     note: str = ""
+    branches: BranchesPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the plan was asked for, as far as the table does not know it; constraints as pairs of kind and text."""
+    """What the plan was asked for, as far as the table does not know it; constraints as pairs of kind and text.
+
+    ``changes`` says how a transform changed the model.
+    """
 
     source: str
     arguments: Mapping[str, str | int | float | bool]
@@ -65,6 +71,7 @@ class Request:
     memory_limit_bytes: int
     command: str
     constraints: Sequence[tuple[str, str]] = ()
+    changes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,7 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
             solver=found.solver, status=found.status,  # type: ignore[arg-type]  # checked by pydantic
             lower_bound_s=found.lower_bound_s, gap=found.gap,
             num_strategies=f"{space.num_strategies:.3g}", memory_limit_bytes=request.memory_limit_bytes,
-            constraints=_constraint_parts(request),
+            constraints=_constraint_parts(request), branches=found.branches,
         ),
         **_common(table, baselines, request),
     )  # fmt: skip
@@ -184,6 +191,7 @@ def _model_part(table: CostTable, request: Request, digest: str) -> ModelPart:
     return ModelPart(
         name=graph.name, source=request.source, arguments=dict(request.arguments),
         graph_sha256=digest, num_params=graph.num_params, inputs=list(request.inputs),
+        changes=list(request.changes),
     )  # fmt: skip
 
 
@@ -199,7 +207,8 @@ def _stage_part(
     layers = [
         LayerPart(
             id=layer.id, op=describe(layer.op), split=dict(strategy[layer.id].axes),
-            overlap=t.overlaps_halo,
+            shares={axis: list(own) for axis, own in strategy[layer.id].shares},
+            overlap=t.overlaps_halo, halo="recompute" if strategy[layer.id].tiles else "exchange",
             cost=CostPart(
                 compute_s=t.compute_s, transfer_s=t.transfer_s, halo_s=t.halo_s, sync_s=t.sync_s, exposed_s=t.exposed_s
             ),

@@ -1,16 +1,15 @@
 """Is a plan consistent, and does it belong to this network and this machine?"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from planner.errors import FormatError, MismatchError
-from planner.ir.dimension import Dimension
 from planner.ir.graph import LayerGraph, is_pinned, tied_layers
 from planner.ir.ops import Redistribute
-from planner.ir.rules import InputOutput, io_splits, is_legal
+from planner.ir.rules import InputOutput, is_io_legal, is_legal
 from planner.ir.schedule import ScheduleKind, problem_of
-from planner.plan.schema import Plan
+from planner.plan.schema import LayerPart, Plan
 
 MAX_ELEMENTS: Final = 2**50
 """Of an input; beyond this, sizes in bytes overflow in torch."""
@@ -113,6 +112,39 @@ def _stage_problems(plan: Plan) -> Iterator[tuple[str, str]]:
             seen.add(layer.id)
             if list(layer.split) != axes:
                 yield f"{here}.split", f"has the axes {list(layer.split)}, the mesh {axes}"
+            yield from _share_problems(layer, {axis.name: axis.size for axis in mesh.axes}, here)
+            if layer.shares and plan.is_pipelined:
+                yield f"{here}.shares", "are for plans of one stage; stages cut in equal pieces"
+    yield from _io_share_problems(plan)
+
+
+def _share_problems(layer: LayerPart, sizes: Mapping[str, int], here: str) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the shares of a layer, apart from what only its operator tells."""
+    for axis, weights in layer.shares.items():
+        if axis not in sizes:
+            yield f"{here}.shares", f"names the axis {axis!r}, the mesh has {list(sizes)}"
+        elif len(weights) != sizes[axis]:
+            yield f"{here}.shares.{axis}", f"has {len(weights)} weights, the axis {sizes[axis]} coordinates"
+        elif not any(weights):
+            yield f"{here}.shares.{axis}", "are all 0, so nobody would run the layer"
+
+
+def _io_share_problems(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield inputs and outputs that a rank passes in other shares than the first: it has the same samples of all."""
+    if plan.io != "per-rank" or plan.is_pipelined:
+        return
+    ends = [
+        (k, x)
+        for k, x in enumerate(plan.stages[0].layers)
+        if x.op in {"input", "output"} and "sample" in x.split.values()
+    ]
+    for k, layer in ends:
+        if layer.shares != ends[0][1].shares:
+            problem = (
+                f"are {layer.shares}, those of {ends[0][1].id!r} {ends[0][1].shares}; with io: per-rank a rank has the "
+                "same samples of all inputs and outputs"
+            )
+            yield f"$.stages[0].layers[{k}].shares", problem
 
 
 def refuse_other_model(plan: Plan, graph: LayerGraph) -> None:
@@ -161,14 +193,11 @@ def refuse_other_layers(plan: Plan, graph: LayerGraph) -> None:
     io = InputOutput(plan.io)
     for layer in graph.layers:
         split = strategy[layer.id]
-        legal = (
-            split in io_splits(layer, mesh, io, frozenset(Dimension))
-            if is_pinned(layer.op)
-            else is_legal(layer, graph, mesh, split)
-        )
+        legal = is_io_legal(layer, mesh, io, split) if is_pinned(layer.op) else is_legal(layer, graph, mesh, split)
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind
             raise MismatchError(f"layer {layer.id!r} ({kind}) cannot be split as {split}. {_ADVICE}")
+    plan.enlarged(graph)
 
 
 def _listing(what: str, ids: Sequence[str]) -> str:
@@ -189,3 +218,8 @@ def refuse_other_machine(plan: Plan, machine_digest: str, machine_name: str) -> 
             f"the plan is for cluster {plan.cluster.name!r} (digest {plan.cluster.sha256[:12]}…), not for "
             f"{machine_name!r} ({machine_digest[:12]}…). Plan again with --cluster {machine_name}."
         )
+
+
+def is_as_planned(plan: Plan, machine_digest: str, profile_digest: str) -> bool:
+    """Return whether a machine has the links, devices and layer times that a plan was made with."""
+    return (plan.cluster.sha256, plan.provenance.profile_sha256) == (machine_digest, profile_digest)

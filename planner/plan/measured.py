@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from planner.errors import FormatError, MismatchError
-from planner.ir.canonical import StrictModel, decode_file, write_atomically
-from planner.plan.schema import MAX_RANKS, Count, Name, Plan, Seconds, Sha256, StepSeconds
+from planner.ir.canonical import Count, PositiveSeconds, Seconds, StrictModel, decode_file, write_atomically
+from planner.plan.schema import MAX_RANKS, Name, Plan, Sha256
 
 WHAT: Final = "measured run"
 """What messages call such a file."""
@@ -79,17 +79,17 @@ class Measured(StrictModel):
     num_ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)]
     environment: dict[str, str]
     rank: Annotated[int, Field(ge=0, lt=MAX_RANKS)]
-    steps_s: Annotated[list[StepSeconds], Field(min_length=1)]
-    step_s: StepSeconds
+    steps_s: Annotated[list[PositiveSeconds], FailFast(), Field(min_length=1)]
+    step_s: PositiveSeconds
     step_iqr_s: Seconds
-    compute_only_s: StepSeconds
-    instrumented_steps_s: Annotated[list[StepSeconds], Field(min_length=1)]
-    instrumented_step_s: StepSeconds
+    compute_only_s: PositiveSeconds
+    instrumented_steps_s: Annotated[list[PositiveSeconds], FailFast(), Field(min_length=1)]
+    instrumented_step_s: PositiveSeconds
     gathering_s: Seconds
     exposed_sync_s: Seconds
     optimizer_s: Seconds
-    other_s: float
-    layers: Annotated[list[MeasuredLayer], Field(min_length=1, max_length=200_000)]
+    other_s: Annotated[float, Field(ge=-1e15, le=1e15)]
+    layers: Annotated[list[MeasuredLayer], FailFast(), Field(min_length=1, max_length=200_000)]
 
     @property
     def slow_down(self) -> float:

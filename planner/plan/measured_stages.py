@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
-from planner.ir.canonical import StrictModel, write_atomically
-from planner.plan.schema import MAX_RANKS, Count, Name, Seconds, Sha256, StepSeconds
+from planner.errors import MismatchError
+from planner.ir.canonical import Count, PositiveSeconds, Seconds, StrictModel, decode_file, write_atomically
+from planner.plan.schema import MAX_RANKS, Name, Plan, Sha256
 
 
 class MeasuredStage(StrictModel):
@@ -53,11 +54,11 @@ class MeasuredPipeline(StrictModel):
     batch: Count
     num_ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)]
     environment: dict[str, str]
-    steps_s: Annotated[list[StepSeconds], Field(min_length=1)]
-    step_s: StepSeconds
+    steps_s: Annotated[list[PositiveSeconds], FailFast(), Field(min_length=1)]
+    step_s: PositiveSeconds
     step_iqr_s: Seconds
-    instrumented_step_s: StepSeconds
-    stages: Annotated[list[MeasuredStage], Field(min_length=1)]
+    instrumented_step_s: PositiveSeconds
+    stages: Annotated[list[MeasuredStage], Field(min_length=1, max_length=1000)]
 
     @property
     def slow_down(self) -> float:
@@ -71,3 +72,21 @@ class MeasuredPipeline(StrictModel):
             UsageError: the folder is missing or not writable.
         """
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
+
+
+def read_measured_pipeline(path: Path, plan: Plan) -> MeasuredPipeline:
+    """Read the measurements of a run of this pipelined plan.
+
+    Raises:
+        UsageError: the file cannot be read.
+        FormatError: every problem with its JSON path.
+        MismatchError: another plan was run.
+    """
+    found = decode_file(MeasuredPipeline, path, "measured run")
+    if found.plan_sha256 != plan.digest or len(found.stages) != len(plan.stages):
+        raise MismatchError(
+            f"measured run {str(path)!r} is of another plan (of {found.model!r}, digest {found.plan_sha256[:12]}…) "
+            f"than the one given (of {plan.model.name!r}, digest {plan.digest[:12]}…). Run this plan: "
+            f"layerwise run PLAN --measured {path}"
+        )
+    return found

@@ -4,35 +4,43 @@ Transfers, groups and local shapes follow from the splits (``planner.ir``), so t
 Sizes are in bytes, times in seconds per step.
 """
 
+import itertools
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
-from planner.errors import UsageError
+from planner import html
+from planner.errors import FormatError, MismatchError, UsageError
 from planner.ir.canonical import (
+    Amount,
+    Bytes,
+    Count,
+    PositiveSeconds,
+    Seconds,
+    Size,
     StrictModel,
     canonical_bytes,
     decode,
-    decode_file,
+    read_bytes,
     sha256_of,
     write_atomically,
 )
 from planner.ir.dimension import Dimension
+from planner.ir.graph import LayerGraph
 from planner.ir.mesh import Mesh, MeshAxis
+from planner.ir.recompute import enlarged
 from planner.ir.rules import InputOutput
-from planner.ir.split import LayerId, Split
+from planner.ir.split import LayerId, Split, Strategy
 from planner.ir.tensor import DType
+from planner.units import format_bytes, format_count, format_seconds
 
 SCHEMA_VERSION: Final = 1
 
 MAX_RANKS: Final = 65_536
 MAX_MICROBATCHES: Final = 65_536
-Count = Annotated[int, Field(ge=1, le=2**53)]
-Bytes = Annotated[int, Field(ge=0, le=2**63)]
-Seconds = Annotated[float, Field(ge=0)]
-StepSeconds = Annotated[float, Field(gt=0)]
+Share = Annotated[int, Field(ge=0, le=1_000_000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -47,14 +55,19 @@ class InputTensor(StrictModel):
 
 
 class ModelPart(StrictModel):
-    """Which network the plan is for."""
+    """Which network the plan is for.
+
+    ``changes``: how it differs from the network it was made of, where a transform made it another one. Strategies never
+    do: they compute what one device would.
+    """
 
     name: Name
-    source: str
+    source: Annotated[str, Field(max_length=10_000)]
     arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
     graph_sha256: Sha256
-    num_params: Annotated[int, Field(ge=0)]
+    num_params: Size
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=100)]
+    changes: Annotated[list[Name], Field(max_length=100)] = Field(default_factory=list)
 
 
 class ClusterPart(StrictModel):
@@ -76,7 +89,9 @@ class MeshPart(StrictModel):
     """The devices of a stage; outermost axis first, ranks row-major."""
 
     axes: Annotated[list[AxisPart], Field(max_length=12)]
-    ranks: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_RANKS)]], Field(min_length=1, max_length=MAX_RANKS)]
+    ranks: Annotated[
+        list[Annotated[int, Field(ge=0, lt=MAX_RANKS)]], FailFast(), Field(min_length=1, max_length=MAX_RANKS)
+    ]
 
     def mesh(self) -> Mesh:
         """Return the mesh.
@@ -100,16 +115,28 @@ class CostPart(StrictModel):
 class LayerPart(StrictModel):
     """One layer: its split and what that is predicted to cost.
 
+    ``shares``: of axes whose pieces are not equal, the weight of each coordinate; with 0 it has no part in the layer.
     ``overlap``: compute while rows of neighbours are on their way, forward and backward (``runtime.lowering.halo``); of
     no effect where the layer needs none, or gets them by another exchange.
+    ``halo``: where what reads this layer needs rows of neighbours: they come in an exchange, or every rank computes
+    them too (``planner.ir.recompute``).
     """
 
     id: Name
     op: Name
     split: dict[Name, Dimension]
+    shares: dict[Name, Annotated[list[Share], FailFast(), Field(min_length=2, max_length=MAX_RANKS)]] = Field(
+        default_factory=dict
+    )
     overlap: bool = False
+    halo: Literal["exchange", "recompute"] = "exchange"
     cost: CostPart
     memory_bytes: Bytes
+
+    def assigned(self) -> Split:
+        """Return the split with its shares."""
+        shares = ((axis, tuple(weights)) for axis, weights in self.shares.items())
+        return Split(tuple(self.split.items()), tuple(shares))
 
 
 class StageCostPart(StrictModel):
@@ -129,7 +156,7 @@ class StageCostPart(StrictModel):
     sent_bytes: Bytes
     tail_s: Seconds
     bubble_share: Annotated[float, Field(ge=0, le=1)]
-    staleness: Annotated[int, Field(ge=0)]
+    staleness: Size
     weight_versions: Count
     num_in_flight: Count
     memory_bytes: Bytes
@@ -145,15 +172,19 @@ class StagePart(StrictModel):
     """
 
     mesh: MeshPart
-    devices: Annotated[list[Name], Field(max_length=MAX_RANKS)] = Field(default_factory=list)
+    devices: Annotated[list[Name], FailFast(), Field(max_length=MAX_RANKS)] = Field(default_factory=list)
     parameter_sharding: Literal["none", "optimizer", "full"] = "none"
     recompute: bool = False
     cost: StageCostPart | None = None
-    layers: Annotated[list[LayerPart], Field(min_length=1, max_length=200_000)]
+    layers: Annotated[list[LayerPart], FailFast(), Field(min_length=1, max_length=200_000)]
 
     def strategy(self) -> dict[LayerId, Split]:
         """Return the split of every layer."""
-        return {LayerId(layer.id): Split(tuple(layer.split.items())) for layer in self.layers}
+        return {LayerId(layer.id): layer.assigned() for layer in self.layers}
+
+    def recomputing(self) -> frozenset[LayerId]:
+        """Return the layers whose readers get no rows of neighbours."""
+        return frozenset(LayerId(layer.id) for layer in self.layers if layer.halo == "recompute")
 
 
 class SchedulePart(StrictModel):
@@ -174,14 +205,14 @@ class TotalsPart(StrictModel):
     a roofline of data-sheet rates.
     """
 
-    step_s: StepSeconds
-    samples_per_s: Annotated[float, Field(ge=0)]
+    step_s: PositiveSeconds
+    samples_per_s: Amount
     compute_s: Seconds
     exposed_s: Seconds
     measured_s: Seconds
     fitted_s: Seconds
     data_sheet_s: Seconds
-    communication_bytes: Annotated[float, Field(ge=0)]
+    communication_bytes: Amount
     memory_bytes: Bytes
 
 
@@ -193,11 +224,11 @@ class BaselinePart(StrictModel):
     """
 
     name: Name
-    step_s: StepSeconds
+    step_s: PositiveSeconds
     exposed_s: Seconds
-    communication_bytes: Annotated[float, Field(ge=0)]
+    communication_bytes: Amount
     memory_bytes: Bytes
-    num_replaced: Annotated[int, Field(ge=0)]
+    num_replaced: Size
     note: str = ""
 
 
@@ -208,8 +239,26 @@ class ConstraintPart(StrictModel):
     text: Name
 
 
+class BranchesPart(StrictModel):
+    """Branches of the network that may run at the same time, on different ranks.
+
+    ``regions``: of the network that fork and join.
+    ``bound``: by how much computing their branches at the same time can shorten compute, by FLOP.
+    ``step_s``: the shortest predicted step with it, where one was simulated.
+    ``taken``: the regions that this plan computes so, in words.
+    """
+
+    regions: Count
+    bound: Annotated[float, Field(ge=1, le=1e9)]
+    step_s: PositiveSeconds | None = None
+    taken: Annotated[list[Name], Field(max_length=1000)] = Field(default_factory=list)
+
+
 class SearchPart(StrictModel):
-    """How the plan was found and how good it is proven to be."""
+    """How the plan was found and how good it is proven to be.
+
+    ``branches``: where they were asked for, and the network has any.
+    """
 
     solver: Name
     status: Literal["optimal", "feasible"]
@@ -217,7 +266,8 @@ class SearchPart(StrictModel):
     gap: Annotated[float, Field(ge=0, le=1)]
     num_strategies: Name
     memory_limit_bytes: Bytes
-    constraints: list[ConstraintPart] = Field(default_factory=list)
+    constraints: Annotated[list[ConstraintPart], Field(max_length=1000)] = Field(default_factory=list)
+    branches: BranchesPart | None = None
 
 
 class ProvenancePart(StrictModel):
@@ -244,7 +294,7 @@ class Plan(StrictModel):
     schedule: SchedulePart
     stages: Annotated[list[StagePart], Field(min_length=1, max_length=1000)]
     totals: TotalsPart
-    baselines: list[BaselinePart]
+    baselines: Annotated[list[BaselinePart], Field(max_length=1000)]
     search: SearchPart
     provenance: ProvenancePart
 
@@ -257,12 +307,18 @@ class Plan(StrictModel):
             FormatError: every problem with its JSON path.
         """
         place = Path(path)
-        return decode_file(Plan, place, "plan").validated(f"plan {place}")
+        return Plan.from_json(read_bytes(place, "plan"), f"plan {place}")
 
     @staticmethod
-    def from_json(text: str) -> "Plan":
-        """Read a plan from its JSON text; raises as ``load``."""
-        return decode(Plan, text, "plan").validated("plan")
+    def from_json(text: str | bytes, what: str = "plan") -> "Plan":
+        """Read a plan from its JSON text, which messages call ``what``; raises as ``load``."""
+        try:
+            return decode(Plan, text, what).validated(what)
+        except FormatError as error:
+            if any(path == "$.kind" and message.endswith('"partition"') for path, message in error.problems):
+                said = "is a partition for inference, which `layerwise show` prints; a training plan is needed"
+                raise FormatError(what, [("$", said)]) from None
+            raise
 
     def validated(self, what: str) -> Self:
         """Return this plan after the checks that go across fields.
@@ -282,6 +338,27 @@ class Plan(StrictModel):
     def save(self, path: str | Path) -> None:
         """Write the plan; an existing file is replaced in one step."""
         write_atomically(Path(path), self.to_json())
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what the plan is for and promises, and how layers are split."""
+        totals, search = self.totals, self.search
+        facts = [
+            ("model", f"{self.model.name}, {format_count(self.model.num_params)} parameters"),
+            ("machine", f"{self.cluster.name}, {self.num_ranks} of {self.cluster.num_devices} devices"),
+            ("batch", f"{self.batch}, {self.precision}, {self.optimizer}"),
+            ("step", f"{format_seconds(totals.step_s, 5)}, {format_count(totals.samples_per_s)} samples/s"),
+            ("exposed communication", format_seconds(totals.exposed_s)),
+            ("memory per device", f"{format_bytes(totals.memory_bytes)} of {format_bytes(search.memory_limit_bytes)}"),
+            ("bound", f"{format_seconds(search.lower_bound_s, 5)}, at most {100 * search.gap:.3g} % faster"),
+            *(("changes the model", change) for change in self.model.changes),
+        ]
+        tables = [html.table(("", ""), facts, num_text=2)]
+        for s, stage in enumerate(self.stages):
+            runs = [list(run) for _, run in itertools.groupby(stage.layers, lambda part: (part.assigned(), part.halo))]
+            rows = [(run[0].id, run[-1].id, f"{len(run)}", str(run[0].assigned())) for run in runs]
+            named = f"splits of stage {s}" if self.is_pipelined else "splits"
+            tables.append(html.folded(named, html.table(("from", "to", "layers", "split"), rows, num_text=4)))
+        return html.titled(f"Plan of {self.model.name}", *tables)
 
     @property
     def num_ranks(self) -> int:
@@ -322,11 +399,37 @@ class Plan(StrictModel):
         """The split of every layer; raises as ``only_stage``."""
         return self.only_stage.strategy()
 
+    def enlarged(self, graph: LayerGraph) -> Strategy:
+        """Return the split of every layer with the tiles of those that recompute halos.
+
+        Raises:
+            UsageError: as ``only_stage``.
+            MismatchError: a layer cannot recompute.
+        """
+        stage = self.only_stage
+        try:
+            return enlarged(graph, stage.mesh.mesh(), stage.strategy(), stage.recomputing())
+        except ValueError as error:
+            raise MismatchError(f"the plan says halo: recompute, but {error}. Plan again, or say exchange.") from error
+
     def with_overlap(self, layers: Collection[LayerId]) -> Self:
         """Return this plan with halo exchanges overlapped in these layers and in no others."""
         stages = [
             stage.model_copy(update={
                 "layers": [layer.model_copy(update={"overlap": layer.id in layers}) for layer in stage.layers]
+            })
+            for stage in self.stages
+        ]  # fmt: skip
+        return self.model_copy(update={"stages": stages})
+
+    def with_recomputing(self, layers: Collection[LayerId]) -> Self:
+        """Return this plan with halos recomputed in these layers and in no others (``LayerPart``)."""
+        stages = [
+            stage.model_copy(update={
+                "layers": [
+                    part.model_copy(update={"halo": "recompute" if part.id in layers else "exchange"})
+                    for part in stage.layers
+                ]
             })
             for stage in self.stages
         ]  # fmt: skip
@@ -341,13 +444,16 @@ class Plan(StrictModel):
     def digest(self) -> str:
         """Hash of everything that decides what the ranks do; prediction and provenance are left out."""
         decisions = self.model_dump(mode="json", include={
-            "model", "batch", "precision", "io", "sync_batch_norm", "bucket_bytes", "schedule"})  # fmt: skip
+            "model", "batch", "precision", "io", "sync_batch_norm", "bucket_bytes", "schedule"},
+            exclude={"model": {"changes"}})  # fmt: skip
         splits = [[layer.id, layer.split] for stage in self.stages for layer in stage.layers]
         meshes = [stage.mesh.model_dump(mode="json") for stage in self.stages]
         sharding = [stage.parameter_sharding for stage in self.stages if stage.parameter_sharding != "none"]
+        shares = [["shares", x.id, x.shares] for stage in self.stages for x in stage.layers if x.shares]
         overlap = [["overlap", layer.id] for stage in self.stages for layer in stage.layers if layer.overlap]
         recomputed = [["recompute", s] for s, stage in enumerate(self.stages) if stage.recompute]
-        return sha256_of([decisions, splits, meshes, *sharding, *overlap, *recomputed])
+        halos = [["halo", layer] for stage in self.stages for layer in sorted(stage.recomputing())]
+        return sha256_of([decisions, splits, meshes, *sharding, *shares, *overlap, *recomputed, *halos])
 
 
 def json_schema() -> str:

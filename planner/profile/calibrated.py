@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
-from planner.ir.canonical import StrictModel
+from planner.ir.canonical import PositiveSeconds, Rate, Size, StrictModel
 from planner.profile.demand import PRODUCTS, SIZES, Demand, Phase, demands, kind_of
 from planner.profile.key import PieceKey
 
@@ -109,6 +109,11 @@ def _factor(factors: Sequence[_Factor], sizes: Sequence[float]) -> float:
     return math.exp(total)
 
 
+_Power = Annotated[float, Field(ge=-1.5, le=1.5)]
+"""A little beyond ``Term.least`` and ``Term.most``."""
+_Logarithm = Annotated[float, Field(ge=-1, le=60)]
+
+
 class KindFit(StrictModel):
     """Rates of one kind of operator in one phase.
 
@@ -121,17 +126,17 @@ class KindFit(StrictModel):
         low, high: logarithms of the smallest and largest sizes measured, in the order of ``SIZES``.
     """
 
-    launch_s: Annotated[float, Field(gt=0)]
-    flop_per_s: Annotated[float, Field(gt=0)]
-    flop_powers: Annotated[list[float], Field(min_length=len(FLOP_TERMS), max_length=len(FLOP_TERMS))]
-    bytes_per_s: Annotated[float, Field(gt=0)]
-    byte_powers: Annotated[list[float], Field(min_length=len(BYTE_TERMS), max_length=len(BYTE_TERMS))]
-    norm_bytes_per_s: Annotated[float, Field(gt=0)]
-    synchronised_bytes_per_s: Annotated[float, Field(gt=0)]
-    elementwise_bytes_per_s: Annotated[float, Field(gt=0)]
-    fresh_bytes_per_s: Annotated[float, Field(gt=0)]
-    low: Annotated[list[float], Field(min_length=len(SIZES), max_length=len(SIZES))]
-    high: Annotated[list[float], Field(min_length=len(SIZES), max_length=len(SIZES))]
+    launch_s: PositiveSeconds
+    flop_per_s: Rate
+    flop_powers: Annotated[list[_Power], Field(min_length=len(FLOP_TERMS), max_length=len(FLOP_TERMS))]
+    bytes_per_s: Rate
+    byte_powers: Annotated[list[_Power], Field(min_length=len(BYTE_TERMS), max_length=len(BYTE_TERMS))]
+    norm_bytes_per_s: Rate
+    synchronised_bytes_per_s: Rate
+    elementwise_bytes_per_s: Rate
+    fresh_bytes_per_s: Rate
+    low: Annotated[list[_Logarithm], Field(min_length=len(SIZES), max_length=len(SIZES))]
+    high: Annotated[list[_Logarithm], Field(min_length=len(SIZES), max_length=len(SIZES))]
 
     @cached_property
     def _flop_factors(self) -> tuple[_Factor, ...]:
@@ -170,7 +175,7 @@ class Residual(StrictModel):
 
     kind: str
     phase: Phase
-    num_entries: int
+    num_entries: Size
     median: float
     ninetieth: float
     left_out_median: float | None
@@ -183,7 +188,7 @@ class ConditionFit(StrictModel):
     precision: str
     memory_format: str
     phases: dict[Phase, dict[str, KindFit]]
-    residuals: list[Residual]
+    residuals: Annotated[list[Residual], FailFast()]
 
 
 class CalibratedRoofline(StrictModel):
@@ -197,7 +202,7 @@ class CalibratedRoofline(StrictModel):
 
     form: Literal[1]
     left_out: str
-    conditions: list[ConditionFit]
+    conditions: Annotated[list[ConditionFit], Field(max_length=100)]
 
     @cached_property
     def _by_name(self) -> Mapping[tuple[str, str], ConditionFit]:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from planner.errors import FormatError, UsageError
-from planner.ir.canonical import MAX_FILE_BYTES
+from planner.errors import FormatError
+from planner.ir.canonical import read_text
 
 WHAT: Final = "measurements"
 PHASES: Final = ("forward", "backward_data", "backward_weight")
@@ -18,6 +17,8 @@ SIZES: Final = ("batch", "in_channels", "out_channels", "height", "width", "grou
 PAIRS: Final = ("kernel", "stride", "padding", "dilation")
 WORDS: Final = ("op", "bias", "precision", "memory_format", "device")
 COLUMNS: Final = (*WORDS, *SIZES, *PAIRS)
+MAX_DIGITS: Final = 12
+MAX_TIME: Final = 1e15
 _YES: Final[Mapping[str, bool]] = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
@@ -78,7 +79,7 @@ class Row:
                 value = float(text)
             except ValueError:
                 raise BadCellError(column, f"{text!r} is no number") from None
-            if not math.isfinite(value) or value < 0:
+            if not 0 <= value < MAX_TIME:
                 raise BadCellError(column, f"{text} is no time")
             return value * factor
         return None
@@ -89,8 +90,8 @@ class Row:
             if default is None:
                 raise BadCellError(column, "is missing")
             return default
-        if not text.isdecimal() or int(text) < least:
-            raise BadCellError(column, f"{text!r} is no whole number from {least}")
+        if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) < least:
+            raise BadCellError(column, f"{text!r} is no whole number from {least} with at most {MAX_DIGITS} digits")
         return int(text)
 
 
@@ -101,24 +102,11 @@ def read_rows(path: Path) -> tuple[list[Row], str]:
         UsageError: it cannot be read.
         FormatError: it is no table, a column is not known, or a row has other cells than the header.
     """
-    what = f"{WHAT} {path}"
-    rows, notes = _json_rows(what, _text(path)) if path.suffix == ".json" else _csv_rows(what, _text(path))
+    what, text = f"{WHAT} {path}", read_text(path, WHAT)
+    rows, notes = _json_rows(what, text) if path.suffix == ".json" else _csv_rows(what, text)
     if not rows:
         raise FormatError(what, [("line 1", "there is no row of measurements")])
     return rows, notes
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {WHAT} {str(path)!r}: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise UsageError(f"{WHAT} {str(path)!r}: the file is larger than {MAX_FILE_BYTES} bytes")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{WHAT} {str(path)!r}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _csv_rows(what: str, text: str) -> tuple[list[Row], str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from planner.ir.count import Shape, multiply_adds
+from planner.ir.count import Shape, multiply_adds, real_products
 from planner.ir.graph import is_boundary
 from planner.ir.ops import (
     AdaptivePool,
@@ -124,7 +124,7 @@ def demands(piece: PieceKey, flop: tuple[int, int, int] | None = None) -> Mappin
     others = sum(not _is_view(a.op) for a in piece.absorbed) - norms
     norm_bytes, other_bytes = 3.0 * norms * behind * item, 2.0 * others * behind * item
     absorbed = (0.0, norm_bytes, other_bytes) if piece.synchronised else (norm_bytes, 0.0, other_bytes)
-    product = 2.0 * multiply_adds(op, piece.inputs, piece.output)
+    product = 2.0 * multiply_adds(op, piece.inputs, piece.output) * real_products(op, piece.dtype)
     ahead, to_inputs, to_weights = flop or (product, product, product)
     tail = norms + others
     tail_results = [behind * item] * tail

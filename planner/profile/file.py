@@ -8,18 +8,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import FailFast, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
-from planner.ir.canonical import StrictModel, decode_file, write_atomically
+from planner.ir.canonical import Count, Seconds, StrictModel, decode_file, write_atomically
 from planner.ir.ops import Op
 from planner.ir.tensor import DType
 from planner.profile.calibrated import CalibratedRoofline
+from planner.profile.demand import demands
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
 
-_Shape = list[Annotated[int, Field(ge=1)]]
-_Seconds = Annotated[float, Field(ge=0)]
-_Name = Annotated[str, Field(min_length=1)]
+MAX_SIZE: Final = 2**40
+"""Of one dimension, and of every number of an operator: products of a few of them are no more than a float holds."""
+_MAX_DEPTH: Final = 6
+_Shape = Annotated[list[Annotated[int, Field(ge=1, le=MAX_SIZE)]], Field(max_length=8)]
+_Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 WHAT: Final = "device profile"
 """What messages call such a file."""
@@ -45,12 +48,23 @@ class NamedOp(StrictModel):
         names = {field.name for field in dataclasses.fields(_OPS[self.op])}
         if unknown := sorted(set(self.attributes) - names):
             raise ValueError(f"{self.op} has no attribute {unknown[0]!r}, only {', '.join(sorted(names))}")
+        _refuse_unbounded(self.attributes)
         try:
             _adapter(self.op).validate_json(json.dumps(self.attributes), strict=True)
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
             raise ValueError(f"attributes of {self.op}: {'; '.join(problems)}") from None
         return self
+
+
+def _refuse_unbounded(value: JsonValue, depth: int = 0) -> None:
+    """Refuse what no operator has, before it is computed with."""
+    if isinstance(value, int | float) and abs(value) > MAX_SIZE:
+        raise ValueError(f"attributes have a number beyond {MAX_SIZE}")
+    if depth > _MAX_DEPTH:
+        raise ValueError("attributes are lists in lists in lists")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_unbounded(item, depth + 1)
 
 
 @cache
@@ -70,8 +84,8 @@ class LayerKey(NamedOp):
         bias, synchronised, resolved: left out where they say nothing of the operator.
     """
 
-    absorbed: list[NamedOp]
-    inputs: list[_Shape]
+    absorbed: Annotated[list[NamedOp], Field(max_length=1000)]
+    inputs: Annotated[list[_Shape], Field(max_length=1000)]
     output: _Shape
     dtype: DType
     precision: Literal["fp32", "tf32", "bf16"]
@@ -84,7 +98,11 @@ class LayerKey(NamedOp):
 
     @model_validator(mode="after")
     def _is_a_piece(self) -> "LayerKey":
-        _ = self.piece.text
+        try:
+            demands(self.piece)
+        except (ArithmeticError, LookupError, TypeError) as error:
+            shapes = f"inputs {self.inputs} and output {self.output}"
+            raise ValueError(f"{shapes} are none of {self.op}: {type(error).__name__} {error}") from None
         return self
 
     @cached_property
@@ -104,11 +122,11 @@ class Entry(StrictModel):
     """
 
     layer: LayerKey
-    forward_s: _Seconds | None
-    backward_data_s: _Seconds | None
-    backward_weight_s: _Seconds | None
-    iqr_s: _Seconds
-    num_repeats: Annotated[int, Field(ge=1)]
+    forward_s: Seconds | None
+    backward_data_s: Seconds | None
+    backward_weight_s: Seconds | None
+    iqr_s: Seconds
+    num_repeats: Count
 
     @property
     def measurement(self) -> Measurement | None:
@@ -134,7 +152,7 @@ class ProfileFile(StrictModel):
     schema_version: Literal[1]
     device: _Name
     environment: dict[str, str]
-    layers: list[Entry]
+    layers: Annotated[list[Entry], FailFast(), Field(max_length=200_000)]
     fit: CalibratedRoofline | None = None
 
     @model_validator(mode="after")

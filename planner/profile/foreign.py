@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from planner.errors import FormatError, UsageError
+from planner.ir.canonical import decode
 from planner.ir.ops import BatchNorm, Conv, Elementwise, Linear, Op, Pool
 from planner.ir.tensor import DType
 from planner.profile.cells import PHASES, WHAT, BadCellError, Row, read_rows
@@ -128,7 +129,7 @@ def _entry(row: Row, problems: list[tuple[str, str]]) -> Entry | None:
             bias=shapes.bias, synchronised=shapes.synchronised,
         )  # fmt: skip
         return Entry(
-            layer=LayerKey.model_validate_json(key.text),
+            layer=decode(LayerKey, key.text, row.place),
             forward_s=times["forward"], backward_data_s=times["backward_data"],
             backward_weight_s=times["backward_weight"] if shapes.trains else 0.0,
             iqr_s=row.seconds("iqr") or 0.0, num_repeats=row.size("repeats", 1),
@@ -136,7 +137,9 @@ def _entry(row: Row, problems: list[tuple[str, str]]) -> Entry | None:
     except BadCellError as error:
         column, sentence = error.args
         problems.append((f"{row.place}, column {column}", sentence))
-        return None
+    except FormatError as error:  # shapes that follow from the cells
+        problems += [(f"{row.place}, {path}", sentence) for path, sentence in error.problems]
+    return None
 
 
 def _shapes(row: Row) -> _Shapes:

@@ -73,7 +73,8 @@ def has_bias(layer: Layer) -> bool:
     """Return whether a product adds a bias; parameters are in the order in which its operators read them."""
     if _has_computed_weight(layer):
         return any(p.whole and len(p.spec.shape) == 1 for p in layer.params)
-    place = next((i for i, p in enumerate(layer.params) if _is_weight(p)), len(layer.params))
+    weights = [i for i, p in enumerate(layer.params) if _is_weight(p)]  # several where it is one under a mask
+    place = max(weights, default=len(layer.params))
     return any(p.role == "bias" for p in layer.params[place + 1 : place + 2])
 
 

@@ -10,7 +10,6 @@ say what comes first. Some profiles have a list of sizes, ``[a; b]``, where a la
 together. The layers called ``Input`` hold the time to read a batch, which belongs to no stage; they are left out.
 """  # noqa: E501
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from typing import Final
 
 import networkx as nx
 
-from planner.errors import FormatError, UsageError
-from planner.ir.canonical import MAX_FILE_BYTES
+from planner.errors import FormatError
+from planner.ir.canonical import read_text
 
 WHAT: Final = "PipeDream profile"
+MAX_FIGURE: Final = 1e18
+"""Of milliseconds and of bytes."""
 _SEPARATOR: Final = " -- "
 _TIMES: Final = ("forward_compute_time", "backward_compute_time")
 _SIZES: Final = ("activation_size", "parameter_size")
@@ -72,17 +73,7 @@ def read_pipedream(path: Path) -> PipeDreamProfile:
         UsageError: the file cannot be read.
         FormatError: every line that cannot be understood, edges between layers that are not there, or a cycle.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {WHAT} {str(path)!r}: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise UsageError(f"{WHAT} {str(path)!r}: the file is larger than {MAX_FILE_BYTES} bytes")
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{WHAT} {str(path)!r}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return parse_pipedream(text, f"{WHAT} {path}")
+    return parse_pipedream(read_text(path, WHAT), f"{WHAT} {path}")
 
 
 def parse_pipedream(text: str, what: str = WHAT) -> PipeDreamProfile:
@@ -146,7 +137,7 @@ def _number(key: str, text: str) -> float:
         found = sum(map(float, text.strip("[]").split("; ")))
     except ValueError:
         raise ValueError(f"{key}: {text!r} is no number") from None
-    if not math.isfinite(found) or found < 0:
+    if not 0 <= found < MAX_FIGURE:
         raise ValueError(f"{key}: {text} is no {'time' if key in _TIMES else 'size'}")
     return found
 

@@ -18,14 +18,17 @@ from typing import Final
 
 import numpy as np
 
-from planner.errors import FormatError
+from planner.errors import FormatError, shortened
+from planner.ir.canonical import decode
 from planner.ir.ops import BatchNorm, Conv, Elementwise, Linear, Op, Pool
-from planner.profile.file import Entry, LayerKey
+from planner.profile.file import MAX_SIZE, Entry, LayerKey
 from planner.profile.foreign import Foreign
 from planner.profile.key import PieceKey
 from planner.profile.pipedream import WHAT, MeasuredLayer, PipeDreamProfile, read_pipedream
 
 _ITEM_BYTES: Final = 4
+MAX_CHARACTERS: Final = 2000
+"""Of a module as torch prints it."""
 _NOTES: Final = (
     "A profile of PipeDream's profiler (msr-fiddle/pipedream). Backward is one time in the file; where inputs and "
     "weights both have a gradient it is halved between them. Shapes are inferred from the bytes of the results. Layers "
@@ -45,6 +48,8 @@ class _Module:
     @classmethod
     def of(cls, description: str) -> "_Module":
         try:
+            if len(description) > MAX_CHARACTERS:
+                raise ValueError
             call = ast.parse(description, mode="eval").body
             if isinstance(call, ast.Name):
                 return cls(call.id, (), {})
@@ -52,21 +57,25 @@ class _Module:
                 raise ValueError
             arguments = tuple(ast.literal_eval(a) for a in call.args if not isinstance(a, ast.Name))
             options = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
-        except (SyntaxError, ValueError):
-            raise ValueError(f"{description!r} is no module as torch prints it") from None
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the last two: brackets in brackets
+            raise ValueError(f"{shortened(repr(description))} is no module as torch prints it") from None
         return cls(call.func.id, arguments, options)
 
     def size(self, name: str, at: int | None = None, default: int | None = None) -> int:
         found = self.options.get(name, self.arguments[at] if at is not None and at < len(self.arguments) else default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 0:
-            raise ValueError(f"{self.kind}: {name} is missing or no whole number")
+        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= MAX_SIZE:
+            raise ValueError(f"{self.kind}: {name} is missing or no whole number from 1")
         return found
 
     def pair(self, name: str, default: object = None) -> tuple[int, int]:
         found = self.options.get(name, default)
         found = (found, found) if isinstance(found, int) else found
-        if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, int) and x >= 0 for x in found)):
-            raise ValueError(f"{self.kind}: {name} is missing or no pair of whole numbers")
+        least = int(name != "padding")
+        if not (
+            isinstance(found, tuple) and len(found) == 2
+            and all(isinstance(x, int) and least <= x <= MAX_SIZE for x in found)
+        ):  # fmt: skip
+            raise ValueError(f"{self.kind}: {name} is missing or no pair of whole numbers from {least}")
         return found
 
 
@@ -126,15 +135,15 @@ def entries_of(profile: PipeDreamProfile, what: str = WHAT) -> tuple[Entry, ...]
             times.setdefault(key, []).append((layer.forward_s, layer.backward_s))
     if problems:
         raise FormatError(what, problems)
-    return tuple(_entry(key, found) for key, found in times.items())
+    return tuple(_entry(key, found, what) for key, found in times.items())
 
 
-def _entry(key: PieceKey, times: Sequence[tuple[float, float]]) -> Entry:
+def _entry(key: PieceKey, times: Sequence[tuple[float, float]], what: str) -> Entry:
     forward_s, backward_s = (statistics.median(of) for of in zip(*times, strict=True))
     low, high = np.percentile(times, [25, 75], axis=0)
     both = key.input_gradient and key.weight_gradient
     return Entry(
-        layer=LayerKey.model_validate_json(key.text),
+        layer=decode(LayerKey, key.text, f"{what}, a layer of it"),
         forward_s=forward_s,
         backward_data_s=backward_s / 2 if both else backward_s if key.input_gradient else 0.0,
         backward_weight_s=backward_s / 2 if both else backward_s if key.weight_gradient else 0.0,

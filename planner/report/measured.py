@@ -108,7 +108,7 @@ def layer_differences(plan: Plan, predicted: StepParts, measured: Measured, coun
         layer, said, found = layers[i]
         compute, transfer = (said.compute_s, found.compute_s), (said.transfer_s, found.transfer_s)
         figures = [format_seconds(x) for x in (*compute, *transfer)]
-        shown.append((layer.id, layer.op, *layer.split.values(), *figures, _signed(off[i])))
+        shown.append((layer.id, layer.op, *layer.assigned().texts, *figures, _signed(off[i])))
     axes = tuple(axis.name for axis in plan.mesh.axes)
     columns = ("layer", "operator", *axes, "compute, predicted", "measured", "transfer, predicted", "measured ",
                "measured - predicted")  # fmt: skip

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner.plan.schema import LayerPart, Plan, StagePart, TotalsPart
+from planner.ir.dimension import SPATIAL_DIMENSIONS
+from planner.plan.schema import BranchesPart, LayerPart, Plan, StagePart, TotalsPart
 from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def strategies(rows: Sequence[StrategyRow]) -> Table:
         "samples/s": [format_count(r.samples_per_s) for r in rows],
         "over data": [f"{r.speed_up:.3f}x" if r.speed_up else UNKNOWN for r in rows],
         "communication": [format_bytes(r.communication_bytes) for r in rows],
-        "exposed": [_part_of_step(r.exposed_s, r.step_s) for r in rows],
+        "exposed": [part_of_step(r.exposed_s, r.step_s) for r in rows],
         "memory": [format_bytes(r.memory_bytes) for r in rows],
         "replaced": [f"{r.num_replaced}" for r in rows],
         "fits": ["yes" if r.fits else "no" for r in rows],
@@ -142,6 +143,7 @@ def summary(plan: Plan) -> Table:
     fixed = "; ".join(f"{part.kind} {part.text}" for part in plan.search.constraints)
     rows = {
         "model": f"{plan.model.name}, {format_count(plan.model.num_params)} parameters",
+        **({"changes the model": "; ".join(plan.model.changes)} if plan.model.changes else {}),
         "machine": f"{plan.cluster.name}, {counted(plan.cluster.num_devices, 'device')}",
         "mesh": mesh,
         "batch": f"{plan.batch}, {samples}",
@@ -149,13 +151,21 @@ def summary(plan: Plan) -> Table:
         "numbers": f"{plan.precision}, {plan.optimizer}{norm}{held}",
         **({"constraints": fixed} if fixed else {}),
         "step": f"{format_seconds(totals.step_s)}, {format_count(totals.samples_per_s)} samples/s",
+        **({"halos": _halos(plan)} if any(stage.recomputing() for stage in plan.stages) else {}),
         "compute": format_seconds(totals.compute_s),
-        "exposed communication": _part_of_step(totals.exposed_s, totals.step_s),
+        "exposed communication": part_of_step(totals.exposed_s, totals.step_s),
         "communication per device": format_bytes(totals.communication_bytes),
         "memory per device": f"{format_bytes(totals.memory_bytes)} of {format_bytes(limit)} allowed",
         "solver": f"{plan.search.solver}, {plan.search.status}, out of {plan.search.num_strategies} strategies",
     }
     return Table("Plan", ("", ""), tuple(rows.items()), num_text=2)
+
+
+def _halos(plan: Plan) -> str:
+    """Return how many layers recompute, and how many runs of them there are, one behind the other."""
+    marks = [part.halo == "recompute" for stage in plan.stages for part in stage.layers]
+    runs = sum(mark and not before for before, mark in zip([False, *marks], marks, strict=False))
+    return f"{counted(sum(marks), 'layer')} in {counted(runs, 'run')} compute those of the layers behind, no messages"
 
 
 def axes_text(stage: StagePart) -> str:
@@ -200,7 +210,7 @@ def _layers(title: str, stage: StagePart, grouped: bool) -> Table:
         (
             run[0].id if len(run) == 1 else f"{run[0].id} … {run[-1].id} ({len(run)})",
             run[0].op,
-            *run[0].split.values(),
+            *_splits(run[0]),
             format_seconds(sum(layer.cost.compute_s for layer in run)),
             format_seconds(sum(layer.cost.transfer_s + layer.cost.halo_s for layer in run)),
             format_seconds(sum(layer.cost.sync_s for layer in run)),
@@ -220,6 +230,35 @@ def bound_sentence(step_s: float, lower_bound_s: float, what: str = "strategy") 
         f"Bound: on the searched meshes no {what} has a predicted step below {format_seconds(lower_bound_s, 5)}; "
         + (f"a better plan could save at most {percent(left)}." if left > EQUAL else "this one reaches it.")
     )
+
+
+def change_sentences(changes: Sequence[str]) -> tuple[str, ...]:
+    """Return what is to be said of a model that a transform made another one than it was."""
+    return tuple(
+        f"Changes the model: {sentence}. Plan and run are exact for the changed model; accuracy and time of training "
+        "are not those of the original."
+        for sentence in changes
+    )
+
+
+def branch_sentences(found: BranchesPart | None, step_s: float) -> Iterator[str]:
+    """Yield what running branches at the same time is worth to a plan of this step."""
+    if found is None:
+        return
+    verbs = "forks and joins" if found.regions == 1 else "fork and join"
+    regions = f"{counted(found.regions, 'region')} of the network {verbs}"
+    bound = f"by FLOP, computing their branches at the same time gains at most {found.bound:.2f}x"
+    if found.taken:
+        yield f"Branches: {regions}; {bound}. At the same time run:"
+        yield from (f"  {each}" for each in found.taken)
+    elif found.step_s is None:
+        yield f"Branches: {regions}; {bound}. No placement of them was worth a simulation."
+    else:
+        slower = found.step_s / step_s - 1
+        yield (
+            f"Branches: {regions}; {bound}. The best placement of them that was simulated takes "
+            f"{format_seconds(found.step_s, 5)}, {percent(slower)} more than this plan, which splits every layer."
+        )
 
 
 def source_sentence(totals: TotalsPart) -> str:
@@ -266,7 +305,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _part_of_step(part_s: float, step_s: float) -> str:
+def part_of_step(part_s: float, step_s: float) -> str:
     """Return a part of a step as text; what is rounding is nothing."""
     return format_seconds(part_s if part_s > EQUAL * step_s else 0.0)
 
@@ -280,6 +319,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def _splits(layer: LayerPart) -> tuple[str, ...]:
+    """Return what each axis does; where it cuts space, also whether halos are recomputed."""
+    told = layer.halo == "recompute"
+    pairs = zip(layer.assigned().texts, layer.split.values(), strict=True)
+    return tuple(f"{text}, halo recomputed" if told and d in SPATIAL_DIMENSIONS else text for text, d in pairs)
+
+
 def _runs(found: Sequence[LayerPart]) -> Iterator[list[LayerPart]]:
-    for _, run in itertools.groupby(found, key=lambda layer: (layer.op, layer.split)):
+    for _, run in itertools.groupby(found, key=lambda layer: (layer.op, layer.assigned(), layer.halo)):
         yield list(run)

@@ -2,20 +2,14 @@
 
 K workers run the convolutions on b images each and hold 1/K of every linear layer's outputs. The linear layers need
 the last convolutional activations of all K b images, a bytes each, and make for every image a gradient that is a sum
-over all workers:
-
-(a) everyone sends its b images to everyone; the linear layers run once, on K b images;
-(b) in each of K passes one worker sends its b images to all others; the linear layers run on them while the next
-    worker sends;
-(c) in each of K passes every worker sends b / K images to all others; otherwise as (b).
-
-Gradients return to the owners of the images likewise. Links have no multicast: K - 1 receivers are K - 1 copies.
+over all workers. Who hands over how many of them in which pass is ``planner.ir.turns``; the runtime
+(``runtime.variable_batch``) moves the same. The linear layers run on a pass while the next one is sent, and gradients
+return to the owners of the images likewise. Links have no multicast: K - 1 receivers are K - 1 copies.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-Scheme = Literal["a", "b", "c"]
+from planner.ir.turns import Scheme, turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +38,10 @@ class Volumes:
     weights: float
 
 
-def passes(scheme: Scheme, workers: int, images: int) -> tuple[tuple[float, ...], ...]:
-    """Return for every pass how many of its images each worker hands to all others."""
-    if scheme == "a":
-        return ((float(images),) * workers,)
-    if scheme == "b":
-        return tuple(tuple(float(images) if w == turn else 0.0 for w in range(workers)) for turn in range(workers))
-    return ((images / workers,) * workers,) * workers
+def passes(scheme: Scheme, workers: int, images: int) -> tuple[tuple[int, ...], ...]:
+    """Return for every pass how many of its images each worker hands to all others; K passes but in (a)."""
+    handed = turns(scheme, (images,) * workers, 1 if scheme == "a" else workers)
+    return tuple(tuple(b - a for a, b in turn) for turn in handed)
 
 
 def volumes(scheme: Scheme, workers: int, *, images: int, activation_bytes: float, weight_bytes: float) -> Volumes:

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from planner.cost.simulate import Timeline, simulate, simulated_step_s
+from planner.cost.simulate import Timeline, held_bytes, simulate, simulated_step_s
 from planner.cost.table import CostTable
 from planner.errors import InfeasibleError, LayerwiseError, NoPlanError
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
@@ -26,6 +26,7 @@ from planner.search.published.hypar import hypar_choice
 from planner.search.published.optcnn import optcnn_choice
 from planner.search.published.pase import pase_choice
 from planner.search.published.soybean import soybean_choice
+from planner.search.recompute import HaloRecompute, recomputed, with_tiles
 from planner.search.verify import problems_of
 from planner.units import KIB, MIB, format_bytes
 
@@ -68,8 +69,27 @@ FEW_LAYERS: Final = 60
 WALKS: Final = (10.0, 100.0)
 """Their sharpness."""
 WALK_PROPOSALS: Final = 2000
-SOLVERS: Final = ("auto", "dp", "ilp", *PUBLISHED, "mcmc", "exhaustive", *FIXED, *ALIASES)
+SEARCHING: Final = ("auto", "dp", "ilp", *PUBLISHED, "mcmc", "exhaustive")
+"""Solvers that look for a strategy."""
+SOLVERS: Final = (*SEARCHING, *FIXED, *ALIASES)
 """Names of ``--solver``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """What computing the branches of a network at the same time is worth.
+
+    Attributes:
+        num_regions: of the network that fork and join.
+        bound: by how much it can shorten compute, by FLOP.
+        step_s: the shortest simulated step with it; None where none was simulated.
+        taken: the regions that the plan computes so, in words.
+    """
+
+    num_regions: int
+    bound: float
+    step_s: float | None
+    taken: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +104,7 @@ class Planned:
         status: ``optimal`` for the objective that the solver names, else ``feasible``.
         lower_bound_s: no strategy of this space has a shorter simulated step.
         num_replaced: layers where a fixed strategy's dimension is illegal.
+        branches: at the same time; None where that was not asked for, or the network has none.
     """
 
     solver: str
@@ -93,6 +114,7 @@ class Planned:
     status: Status
     lower_bound_s: float
     num_replaced: int = 0
+    branches: Branches | None = None
 
     @property
     def gap(self) -> float:
@@ -123,6 +145,7 @@ class Search:
         self._limit_bytes, self._limits = limit_bytes, limits or Limits()
         self.formulation = formulate(table, limit_bytes=limit_bytes)
         self._ilp_bound_s = 0.0
+        self._best: Start | None = None
 
     def solve(self, solver: str) -> Planned:
         """Return the plan of a solver.
@@ -157,6 +180,18 @@ class Search:
         """Return a fixed strategy whether or not it fits in memory; no bound is known for it."""
         found = fixed_strategy(name, self.table, self.formulation)
         return self._planned(name, found.choice, num_replaced=found.num_replaced)
+
+    def with_recomputing(self, planned: Planned, wish: HaloRecompute) -> tuple["Search", Planned]:
+        """Return a plan with halos recomputed where that is faster, or told, with the search on its only strategy.
+
+        Where nothing recomputes, or the memory limit would not be obeyed, both are as they were.
+        """
+        layers = recomputed(self.table, planned.choice, wish, planned.bucket_bytes, self._limit_bytes)
+        if not layers:
+            return self, planned
+        search = Search(with_tiles(self.table, planned.choice, layers)[0], self._limit_bytes, self._limits)
+        found = replace(search._planned(planned.solver, (0,) * len(planned.choice)), num_replaced=planned.num_replaced)
+        return (search, found) if search.fits(found) else (self, planned)
 
     def forced(self, choice: Choice) -> Planned:
         """Return the plan of a given choice of splits."""
@@ -208,17 +243,35 @@ class Search:
                 failure = failure or error
         for choice in self._bounded.choices:
             found.setdefault(self._chain.layer_choice(choice), "bound")
-        fitting = [self._start(choice, name) for choice, name in found.items() if self._choice_fits(choice)]
+        fitting = [self.start(choice, name) for choice, name in found.items() if self.choice_fits(choice)]
         if not fitting:
             raise failure or self._infeasible()
         if self.lower_bound_s() < min(start.step_s for start in fitting) * (1 - ILP_GAP):
             fitting += self._by_integer_program()
         return sorted(fitting, key=lambda start: start.step_s)
 
-    def _start(self, choice: Choice, name: str) -> Start:
+    def start(self, choice: Choice, name: str) -> Start:
+        """Return a choice with its simulated step and the best size of buckets; the name is for the log."""
         steps = [(simulated_step_s(self.table, choice, size), size) for size in self.bucket_sizes(choice)]
         _log.debug("start %s: %.6g s", name, min(steps)[0])
-        return Start(choice, *min(steps))
+        return self._kept(Start(choice, *min(steps)))
+
+    def _kept(self, start: Start) -> Start:
+        """Keep a choice for ``so_far``, if it is the fastest yet that fits."""
+        if (self._best is None or start.step_s < self._best.step_s) and self.choice_fits(start.choice):
+            self._best = start
+        return start
+
+    def so_far(self) -> Planned | None:
+        """Return the best plan that a search came by before it was ended; None where that was before the first.
+
+        Its bound is what had been proven by then.
+        """
+        if self._best is None:
+            return None
+        timeline = simulate(self.table, self._best.choice, self._best.bucket_bytes)
+        bound_s = self.lower_bound_s() if "_bounded" in self.__dict__ else 0.0
+        return Planned("auto", self._best.choice, self._best.bucket_bytes, timeline, Status.FEASIBLE, bound_s)
 
     def _by_integer_program(self) -> list[Start]:
         """Return the exact minimum of the chain, if it is small enough to be asked for; raise the bound to it."""
@@ -230,11 +283,11 @@ class Search:
             return []  # there are other starts, and another bound
         self._ilp_bound_s = solution.lower_bound_s * (1 - ILP_TOLERANCE)
         choice = self._chain.layer_choice(solution.choice)
-        return [self._start(choice, "ilp")] if self._choice_fits(choice) else []
+        return [self.start(choice, "ilp")] if self.choice_fits(choice) else []
 
     def refine(self, starts: Sequence[Start]) -> Planned:
         """Return the best plan that local search finds from the promising ones of these, fastest first."""
-        around = Neighbourhood(self.table, self.formulation, self._unhidden, self._choice_fits)
+        around = Neighbourhood(self.table, self.formulation, self._unhidden, self.choice_fits)
         limit_s = starts[0].step_s * (1 + PROMISING)
         promising = [start for start in starts if start.step_s <= limit_s]
         best = starts[0]
@@ -243,14 +296,14 @@ class Search:
             nonlocal best
             choice, step_s = improved(around, start.choice, start.bucket_bytes, MAX_TRIALS)
             if step_s < best.step_s:
-                best = Start(choice, step_s, start.bucket_bytes)
+                best = self._kept(Start(choice, step_s, start.bucket_bytes))
 
         for start in promising[:MAX_REFINED]:
             descend(start)
         for number, sharpness in enumerate(WALKS):
             if len(self.table.layers) <= FEW_LAYERS and self.lower_bound_s() < best.step_s * (1 - ILP_GAP):
                 descend(self._walked_from(best, sharpness, number))
-        again = self._start(best.choice, "auto")  # other buckets may suit it better, or those of its start be left out
+        again = self.start(best.choice, "auto")  # other buckets may suit it better, or those of its start be left out
         bucket_bytes = min(best, again, key=lambda start: start.step_s).bucket_bytes
         timeline = simulate(self.table, best.choice, bucket_bytes)
         return Planned("auto", best.choice, bucket_bytes, timeline, Status.FEASIBLE, self.lower_bound_s())
@@ -269,16 +322,16 @@ class Search:
         pairs = sum(costs.size for costs in self.formulation.problem.edge_s.values())
         return pairs <= FEW_PAIRS and self.table.space.mesh.size <= FEW_RANKS and len(self.table.layers) <= FEW_LAYERS
 
-    def _choice_fits(self, choice: Sequence[int]) -> bool:
+    def choice_fits(self, choice: Sequence[int]) -> bool:
+        """Return whether a choice of splits obeys the memory limit."""
         if self._limit_bytes is None:
             return True
-        costs = [layer[c].memory for layer, c in zip(self.table.layers, choice, strict=True)]
-        return sum(m.resident for m in costs) + max(m.transient for m in costs) <= self._limit_bytes
+        return held_bytes(self.table, choice) <= self._limit_bytes
 
     def _planned(
         self, solver: str, choice: Choice, status: Status = Status.FEASIBLE, *, num_replaced: int = 0
     ) -> Planned:
-        bucket_bytes = self._start(choice, solver).bucket_bytes
+        bucket_bytes = self.start(choice, solver).bucket_bytes
         timeline = simulate(self.table, choice, bucket_bytes)
         return Planned(solver, choice, bucket_bytes, timeline, status, 0.0, num_replaced)
 

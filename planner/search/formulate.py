@@ -70,7 +70,9 @@ def formulate(
 ) -> Formulation:
     """Return the problem of a table: compute, blocking transfers, updates and gradient sync.
 
-    Layers and edges that share their costs share their arrays.
+    Layers and edges that share their costs share their arrays. What only some of the ranks do counts in their share of
+    all ranks: costs are then means over the ranks, and no rank that is last has done less. Ranks that compute different
+    branches at the same time are counted no finer; the simulator does that.
 
     Args:
         table: the costs.
@@ -114,7 +116,7 @@ def _blocking_s(c: LayerCost) -> float:
 def _sync_s(table: CostTable, c: LayerCost) -> float:
     model = table.model
     whole_s = sum(model.pricer.all_reduce(axes, b).seconds for axes, b in c.whole.items())
-    return whole_s + sum(model.sync(axes, b).seconds for axes, b in c.sync.items())
+    return whole_s + sum(model.sync(axes, b).seconds for axes, b in c.sync.items()) + model.gathers(c).seconds
 
 
 def _sync_of(table: CostTable, weight: float, least_of_bucket: int | None) -> Callable[[Axes, int], float]:
@@ -175,7 +177,7 @@ class _Sums:
         return found
 
     def nodes(self, seconds: Callable[[LayerCost], float]) -> tuple[Costs, ...]:
-        return tuple(self._sum(lambda costs: np.array([seconds(c) for c in costs], dtype=np.float64)))
+        return tuple(self._sum(lambda costs: np.array([c.busy * seconds(c) for c in costs], dtype=np.float64)))
 
     def levels(self, sync_s: Callable[[Axes, int], float], last_reached: bool) -> tuple[Costs, ...]:
         """Return the gradient sync on each level of the machine, float64[levels, options] per variable."""
@@ -186,7 +188,7 @@ class _Sums:
             found = np.zeros((num_levels, len(costs)))
             for o, c in enumerate(costs):
                 for axes, num_bytes in c.sync.items():
-                    seconds, levels = sync_s(axes, num_bytes), model.pricer.levels(axes)
+                    seconds, levels = c.busy * sync_s(axes, num_bytes), model.pricer.levels(axes)
                     for level in range(num_levels):
                         found[level, o] += seconds * (levels >> level & 1)
             return found
@@ -209,6 +211,9 @@ class _Sums:
             transient.append(parts[0] if len(parts) == 1 else np.max(parts, axis=0))
         return tuple(resident), tuple(transient)
 
+    def _busy(self, layer: int) -> Costs:
+        return np.array([c.busy for c in self._table.layers[layer]])
+
     def transfers(self, seconds: Callable[[EdgeCost], Costs]) -> tuple[dict[Pair, Costs], dict[int, Costs]]:
         """Return the sums of edges by (producer, consumer), and those within a variable by variable."""
         made: dict[object, Costs] = {}
@@ -219,6 +224,8 @@ class _Sums:
             key = (id(edge), *cuts)
             if key not in made:
                 made[key] = seconds(edge)
+                if self._table.has_idle:
+                    made[key] = made[key] * np.minimum.outer(*map(self._busy, (i, j)))
                 if any(cuts):
                     made[key] = made[key][np.ix_(self._options[i], self._options[j])]
             a, b = self._variable_of[i], self._variable_of[j]

@@ -35,6 +35,7 @@ from typing import Any, Final
 import numpy as np
 import pulp
 
+from planner.deadline import left_s
 from planner.search.problem import Choice, Costs, Limits, Pair, Problem, Solution, Status
 from planner.search.reduction import undominated
 
@@ -92,7 +93,7 @@ def solve_ilp(
     if start is not None:
         found = [np.flatnonzero(k == c) for k, c in zip(keep, start, strict=True)]
         kept = [int(f[0]) if len(f) else None for f in found]
-    time_s = limits.time_s if limits is not None else math.inf
+    time_s = min(limits.time_s if limits is not None else math.inf, left_s())
     program = program or ("HiGHS" if pulp.HiGHS(msg=False).available() else "CBC")
     run = _highs if program == "HiGHS" else _cbc
     max_nodes = limits.max_nodes if limits is not None else None

@@ -7,6 +7,7 @@ from typing import Final
 
 from planner.cost.resimulate import Resimulation
 from planner.cost.table import CostTable
+from planner.deadline import left_s
 from planner.search.floor import Floor
 from planner.search.formulate import Formulation
 from planner.search.problem import Choice, Problem
@@ -42,7 +43,7 @@ def improved(around: Neighbourhood, start: Choice, bucket_bytes: int, max_trials
         around: what may be changed.
         start: the position of every layer's split.
         bucket_bytes: of the gradient reductions.
-        max_trials: simulated steps after which it ends; a count, so that the plan does not depend on the clock.
+        max_trials: simulated steps after which it ends, as it does where time is over.
     """
     formulation = around.formulation
     members = formulation.members()
@@ -59,7 +60,7 @@ def improved(around: Neighbourhood, start: Choice, bucket_bytes: int, max_trials
         for option in range(len(formulation.problem.node_s[v])):
             if option == picked[v] or floor.with_option(v, option) >= best_s:
                 continue  # longer even if all gradient sync were hidden
-            if next(trials) >= max_trials:
+            if next(trials) >= max_trials or left_s() == 0:
                 return steps.choice, best_s
             changes = {layer: formulation.options[layer][option] for layer in members[v]}
             step_s = steps.step_s(changes)

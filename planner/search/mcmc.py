@@ -27,6 +27,7 @@ import numpy as np
 
 from planner.cost.resimulate import Resimulation
 from planner.cost.table import CostTable
+from planner.deadline import left_s
 from planner.errors import InfeasibleError, UsageError
 from planner.ir.bucket import DEFAULT_BUCKET_BYTES
 from planner.search.fixed import fixed_strategy
@@ -141,7 +142,7 @@ def walk(table: CostTable, formulation: Formulation, start: Choice, rules: Rules
     done = improved_at = 0
     begin = time.perf_counter()
     while free and done < proposals and done - improved_at < (proposals + 1) // 2:
-        if time.perf_counter() - begin > rules.time_limit_s:
+        if time.perf_counter() - begin > rules.time_limit_s or left_s() == 0:
             break
         done += 1
         v = free[int(rng.integers(len(free)))]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.deadline import look
 from planner.search.problem import Chain, Choice, Costs, Indices, Problem
 
 
@@ -61,6 +62,7 @@ class _Round:
         entries = sum(float(count) * costs.size for costs, _ in self._around[v])
         if count == 1 or self.work + entries > self._max_work:
             return np.arange(count)
+        look()
         dominates = self._dominates(v)
         np.fill_diagonal(dominates, val=False)
         for held in (problem.resident_bytes, problem.transient_bytes):

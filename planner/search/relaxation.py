@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.deadline import look
 from planner.search.problem import Choice, Costs, Indices, Problem
 
 Improve = Callable[[Choice], Choice]
@@ -131,6 +132,7 @@ class Relaxation:
         self, order: range, behind: Sequence[Sequence[_Edge]], ahead: Sequence[Sequence[_Edge]], upper_s: float
     ) -> Choice | None:
         """Collect from the edges behind, hand to the edges ahead. Nodes and edges stay non-negative throughout."""
+        look()
         bound_s = math.fsum(float(left.min()) for left in self._left)
         picked = [0] * len(self._left)
         for v in order:

@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy as np
 
+from planner.deadline import look
 from planner.search.order import elimination_order
 from planner.search.problem import Choice, Costs, Problem
 
@@ -122,6 +123,7 @@ def eliminate(plan: Schedule) -> Choice:
     arrays = list(plan.arrays)
     for step in plan.steps:
         if arrays[step.table] is None:
+            look()
             tables = [_array(arrays, number) for number in step.inputs]
             arrays[step.table] = least(tables, step.axes, 1 + len(step.others))
     chosen: dict[int, int] = {}

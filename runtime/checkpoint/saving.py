@@ -7,6 +7,8 @@ random in the network, torch's generators of every rank, and what the user adds.
 
 import io
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +39,8 @@ from runtime.checkpoint.optimizers import (
 from runtime.checkpoint.storage import Entry, Job
 from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.whole import Part, refuse_differences, source_of
-from runtime.comm.groups import saving_group
+from runtime.comm.failures import has_failed
+from runtime.comm.groups import FILES_TIMEOUT_S, saving_group
 
 FORMAT: Final = 1
 _ABOUT: Final = "about"
@@ -64,8 +67,8 @@ class Saving:
 
     _last: ClassVar["Saving | None"] = None
 
-    def __init__(self, folder: Path, result: "Future[Any]") -> None:
-        self._folder, self._result, self._told = folder, result, False
+    def __init__(self, folder: Path, result: "Future[Any]", group: dist.ProcessGroup | None) -> None:
+        self._folder, self._result, self._group, self._told = folder, result, group, False
 
     def done(self) -> bool:
         """Return whether it is on disk, or failed."""
@@ -86,11 +89,24 @@ class Saving:
             raise storage.failure(error, self._folder) from error
 
     @classmethod
+    def _let_go(cls) -> None:
+        """Let go of a save that waits for a rank which will not come, where this process ends by an error.
+
+        The interpreter joins the thread that saves, and a rank that hangs would hold this one up until the timeout.
+        """
+        last, ends_by_error = cls._last, has_failed() or getattr(sys, "last_value", None) is not None
+        if ends_by_error and last is not None and last._group is not None and not last.done():
+            last._group.abort()
+
+    @classmethod
     def finish(cls) -> None:
         """Wait for the last one that this process started."""
         last, cls._last = cls._last, None
         if last is not None:
             last.wait()
+
+
+threading._register_atexit(Saving._let_go)  # type: ignore[attr-defined]  # of the handlers, only these run before threads
 
 
 def exists(folder: str | os.PathLike[str]) -> bool:
@@ -105,6 +121,7 @@ def save(
     *,
     step: int,
     extra: Any = None,
+    timeout_s: float = FILES_TIMEOUT_S,
 ) -> None:
     """Write a checkpoint; every rank must call it.
 
@@ -119,19 +136,19 @@ def save(
         step: how many steps were made; for the user.
         extra: what else to keep, such as the state dicts of a scheduler and a ``GradScaler``: numbers, strings,
             tensors, and lists and dicts of them. That of the first rank is kept.
+        timeout_s: of waiting for the slowest rank's files; a rank that hangs is an error after that time.
 
     Raises:
         UsageError: the folder holds other things, not every rank sees it, or something cannot be saved.
         RunError: some rank could not write; or the save before this one failed in the background.
     """
     Saving.finish()
-    part, path = Part.of(net), _path(folder)
+    part, path = Part.of(net, timeout_s), _path(folder)
     job = _job(part, optimizer, path, step, extra)
     try:
         if dist.is_initialized():
-            saver.save(
-                job.tensors, storage_writer=job.writer, planner=job.planner, process_group=saving_group(part.mesh)
-            )
+            group = saving_group(part.mesh, timeout_s)
+            saver.save(job.tensors, storage_writer=job.writer, planner=job.planner, process_group=group)
         else:
             storage.write_together([job])
     except LayerwiseError:
@@ -147,6 +164,7 @@ def start_saving(
     *,
     step: int,
     extra: Any = None,
+    timeout_s: float = FILES_TIMEOUT_S,
 ) -> Saving:
     """Start to write a checkpoint behind training; every rank must call it. Arguments and errors as of ``save``.
 
@@ -155,15 +173,17 @@ def start_saving(
     destroyed.
     """
     Saving.finish()
-    part, path = Part.of(net), _path(folder)
+    part, path = Part.of(net, timeout_s), _path(folder)
     job = _job(part, optimizer, path, step, extra)
     result: Any
+    group = None
     if dist.is_initialized():
+        group = saving_group(part.mesh, timeout_s)
         result = saver.async_save(
             job.tensors,
             storage_writer=job.writer,
             planner=job.planner,
-            process_group=saving_group(part.mesh),
+            process_group=group,
             async_stager=_Copies(),
         )
     else:
@@ -171,7 +191,7 @@ def start_saving(
         executor = ThreadPoolExecutor(1)
         result = executor.submit(storage.write_together, [job])
         executor.shutdown(wait=False)
-    Saving._last = saving = Saving(path, result)
+    Saving._last = saving = Saving(path, result, group)
     return saving
 
 
@@ -215,8 +235,28 @@ def load(net: nn.Module, optimizer: torch.optim.Optimizer | None, folder: str | 
     Saving.finish()
     part, path = Part.of(net), _path(folder)
     ready = part.agree(lambda: _Loading(part, optimizer, path), f"loading {path}")
+    part.refuse_differing(ready.identity, path)
     part.agree(ready.read, f"reading {path}")
     return ready.finish()
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint was saved with.
+
+    Raises:
+        UsageError: there is no such checkpoint, it is incomplete, or it is damaged.
+        RunError: a file cannot be read.
+    """
+    return int(_about(Stored(folder))["step"])
+
+
+def _about(found: Stored) -> Mapping[str, Any]:
+    """Return what a checkpoint says beside its tensors."""
+    blobs = found.blobs(_ABOUT)
+    about: Mapping[str, Any] = _unpacked(blobs[_ABOUT]) if blobs else {}
+    if about.get("format") != FORMAT:
+        raise UsageError(f"{found.folder} was not written by this version of runtime.checkpoint")
+    return about
 
 
 class _Loading:
@@ -225,20 +265,14 @@ class _Loading:
     def __init__(self, part: Part, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
         self._part, self._optimizer = part, optimizer
         self._stored = Stored(folder)
-        self._about = self._read_about(folder)
+        self._about = _about(self._stored)
         self._targets = self._weights()
         self._state: State = {}
         self._names: dict[int, str] = {}
         self._options: list[dict[str, Any]] = []
         if optimizer is not None:
             self._optimizer_state(optimizer)
-
-    def _read_about(self, folder: Path) -> Mapping[str, Any]:
-        blobs = self._stored.blobs(_ABOUT)
-        about = _unpacked(blobs[_ABOUT]) if blobs else {}
-        if about.get("format") != FORMAT:
-            raise UsageError(f"{folder} was not written by this version of runtime.checkpoint")
-        return about
+        self._stored.verify(self._targets)
 
     def _weights(self) -> list[tuple[str, Region, torch.Tensor]]:
         prefix = f"{_MODEL}."
@@ -270,6 +304,11 @@ class _Loading:
                 self._targets.append((key, slot.own, slot.tensor))
         self._state = {name: state for name, state in self._state.items() if state}
 
+    @property
+    def identity(self) -> str:
+        """What tells one checkpoint of a run from another."""
+        return f"step {self._about['step']}, seed {self._about['seed']}, {self._about['passes']} forward passes"
+
     def read(self) -> None:
         """Overwrite the weights, and fill the memory of the optimizer's state."""
         self._stored.read(self._targets)
@@ -282,6 +321,9 @@ class _Loading:
         if about["passes"] is not None:
             for state in self._part.states:
                 state.step, state.seed = about["passes"], about["seed"]
+        progress = about.get("progress")  # older checkpoints have none
+        if self._part.stages is not None and progress is not None:
+            self._part.stages.go_on(progress)
         self._restore_generators()
         return Resumed(about["step"], about["extra"])
 
@@ -307,6 +349,7 @@ def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step
         "ranks": part.mesh.size,
         "seed": part.states[0].seed if part.states else None,
         "passes": part.states[0].step if part.states else None,
+        "progress": part.stages.progress if part.stages is not None else None,
         "torch": str(torch.__version__),
     }
     mine = of_all_ranks(part, mine)

@@ -1,8 +1,8 @@
 """Writing named tensors in pieces, and small blobs, to a folder, through ``torch.distributed.checkpoint``.
 
-A checkpoint is a folder in torch's own format: ``.metadata`` and ``*.distcp``. Only the planners are ours: they say
-which regions of a tensor a rank writes and reads, because pieces of a plan are hyper-rectangles that no DTensor
-describes (uneven pieces, rows of a piece). A folder has its name only when all of it is on disk.
+A checkpoint is a folder in torch's own format, ``.metadata`` and ``*.distcp``, with ``.checksums``. Only the planners
+are ours: they say which regions of a tensor a rank writes and reads, because pieces of a plan are hyper-rectangles that
+no DTensor describes (uneven pieces, rows of a piece). A folder has its name only when all of it is on disk.
 """
 
 import io
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -26,9 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from planner.errors import LayerwiseError, RunError, UsageError
 from planner.ir.region import Region
+from runtime.checkpoint.checksums import CHECKSUMS, summed, write_checksums
 
 METADATA: Final = ".metadata"
 """Of a complete checkpoint; torch writes it last."""
@@ -161,11 +165,14 @@ class _Writer(FileSystemWriter):
                 f"this rank does not see {unfinished(self._folder)}, which rank 0 made: a checkpoint needs a folder "
                 "that all machines share"
             )
-        return super().write_data(plan, planner)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(summed(unfinished(self._folder), super().write_data(plan, planner).wait()))
+        return written
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         super().finish(metadata, results)
         new, folder, old = unfinished(self._folder), self._folder, previous(self._folder)
+        write_checksums(new, METADATA, results)
         _sync(new)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -215,7 +222,8 @@ def failure(error: BaseException, folder: Path) -> LayerwiseError:
         if isinstance(cause, UsageError):
             return cause
     text = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in causes.items())
-    return RunError(f"saving {folder} failed: {text or f'{type(error).__name__}: {error}'}")
+    this = f"rank {dist.get_rank()}: " if dist.is_initialized() and not text else ""
+    return RunError(f"{this}saving {folder} failed: {text or f'{type(error).__name__}: {error}'}")
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -225,7 +233,8 @@ def refuse_foreign(folder: Path) -> None:
         UsageError: the folder holds other things, or is a file.
     """
     if folder.is_dir():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name != METADATA and p.suffix != ".distcp")
+        own = {METADATA, CHECKSUMS}
+        foreign = sorted(p.name for p in folder.iterdir() if p.name not in own and p.suffix != ".distcp")
         if foreign:
             raise UsageError(
                 f"{folder} holds other things than a checkpoint ({', '.join(foreign[:_LISTED])}), and a checkpoint "

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from planner.errors import RunError, UsageError
 from planner.ir.region import Region
+from runtime.checkpoint.checksums import Checksums
+from runtime.checkpoint.metadata import SafeReader
 from runtime.checkpoint.storage import METADATA, chunk, previous, unfinished
 
 
@@ -38,7 +39,8 @@ class Stored:
         if not exists(folder):
             raise UsageError(_why_missing(folder))
         self._path = folder if folder.exists() else previous(folder)
-        self._reader = FileSystemReader(self._path)
+        self._checksums = Checksums(self._path, METADATA)
+        self._reader = SafeReader(self._path)
         try:
             self._metadata = self._reader.read_metadata()
         except Exception as error:  # unpickling what is no checkpoint may raise anything
@@ -63,6 +65,7 @@ class Stored:
         planner = _Loaded(
             [], [k for k in keys if isinstance(self._metadata.state_dict_metadata.get(k), BytesStorageMetadata)]
         )
+        self._verify(planner)
         self._read(planner)
         return planner.blobs
 
@@ -76,6 +79,21 @@ class Stored:
             RunError: a file cannot be read.
         """
         self._read(_Loaded(targets, []))
+
+    def verify(self, targets: Sequence[tuple[str, Region, torch.Tensor]]) -> None:
+        """Check that what ``read`` would read is what was written.
+
+        Raises:
+            UsageError: a file is damaged.
+        """
+        self._verify(_Loaded(targets, []))
+
+    def _verify(self, planner: "_Loaded") -> None:
+        planner.set_up_planner({}, self._metadata, is_coordinator=True)
+        places = [
+            (i.storage_index, self._metadata.storage_data[i.storage_index]) for i in planner.create_local_plan().items
+        ]
+        self._checksums.verify({(place.relative_path, place.offset): index.fqn for index, place in places})
 
     def _read(self, planner: "_Loaded") -> None:
         planner.set_up_planner({}, self._metadata, is_coordinator=True)

@@ -16,7 +16,8 @@ from planner.ir.mesh import Mesh, MeshAxis
 from planner.ir.region import Region
 from runtime.checkpoint.storage import Path_
 from runtime.comm.communicator import Communicator
-from runtime.comm.groups import files_group
+from runtime.comm.failures import peer_failed
+from runtime.comm.groups import FILES_TIMEOUT_S, files_group
 from runtime.module import ParallelModule
 from runtime.parameters.local import Held, held
 from runtime.pipeline.holding import HeldStages
@@ -62,6 +63,8 @@ class Part:
         communicator: None for a module that is no parallel one.
         states: of the steps; none likewise, and one for each stage of a pipeline on this rank.
         elsewhere: shapes of the tensors that only ranks of other stages have, by every name; None without stages.
+        stages: that this rank holds of a pipeline.
+        timeout_s: of waiting for other ranks' files.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -72,9 +75,11 @@ class Part:
     communicator: Communicator | None = None
     states: tuple[StepState, ...] = ()
     elsewhere: Mapping[str, tuple[int, ...]] | None = None
+    stages: HeldStages | None = None
+    timeout_s: float = FILES_TIMEOUT_S
 
     @staticmethod
-    def of(net: nn.Module) -> "Part":
+    def of(net: nn.Module, timeout_s: float = FILES_TIMEOUT_S) -> "Part":
         """Return this rank's part of a parallel module, or of one that every rank has whole.
 
         Raises:
@@ -111,7 +116,8 @@ class Part:
         own = {place.name: place for place in places.values()}
         if isinstance(net, HeldStages):
             tied = {name: whole.first for name, whole in net.whole.items() if name != whole.first}
-        return Part(tensors, own, tied, mesh, position, communicator, states, elsewhere)
+        stages = net if isinstance(net, HeldStages) else None
+        return Part(tensors, own, tied, mesh, position, communicator, states, elsewhere, stages, timeout_s)
 
     def piece(self, name: str) -> Piece:
         """Return this rank's piece of a tensor."""
@@ -122,7 +128,10 @@ class Part:
         """Return what every rank has to say, by mesh position; all must call it."""
         assert dist.is_initialized()
         pairs: list[Any] = [None] * self.mesh.size
-        dist.all_gather_object(pairs, (dist.get_rank(), value), group=files_group(self.mesh))
+        try:
+            dist.all_gather_object(pairs, (dist.get_rank(), value), group=files_group(self.mesh, self.timeout_s))
+        except RuntimeError as error:
+            raise peer_failed(dist.get_rank(), "all_gather of what each rank has of a checkpoint", error) from error
         by_rank = dict(pairs)
         return [by_rank[rank] for rank in self.mesh.ranks]
 
@@ -166,6 +175,22 @@ class Part:
         if failed:
             raise RunError(f"{what} failed on rank {failed[0]}; its message says why")
         return result  # type: ignore[return-value]  # of the work, as nothing failed
+
+    def refuse_differing(self, identity: str, folder: Path) -> None:
+        """Check that all ranks read the same checkpoint; all that have a part of the model must call it.
+
+        Raises:
+            MismatchError: on every rank, where machines have different folders of the name.
+        """
+        if self.communicator is None or self.mesh.size == 1 or not dist.is_initialized():
+            return
+        found = self.everyones(identity)
+        for rank, other in zip(self.mesh.ranks, found, strict=True):
+            if other != found[0]:
+                raise MismatchError(
+                    f"{folder} is not the same checkpoint on all ranks: rank {self.mesh.ranks[0]} reads one of "
+                    f"{found[0]}, rank {rank} one of {other}. It must be on a file system that all ranks see."
+                )
 
     def _everyones(self, value: bool) -> list[int]:
         """Return a value of every mesh position."""
@@ -268,10 +293,11 @@ def export(net: nn.Module, file: str | os.PathLike[str]) -> None:
         OSError: it cannot be written; on the other ranks a ``RunError``.
     """
     full, part, path = full_state_dict(net), Part.of(net), Path(file)
-    part.agree(lambda: _write(full, path) if part.position == 0 else None, f"writing {path}")
+    part.agree(lambda: write_file(full, path) if part.position == 0 else None, f"writing {path}")
 
 
-def _write(value: Any, path: Path) -> None:
+def write_file(value: Any, path: Path) -> None:
+    """Write what ``torch.load`` reads; the file has its name only when all of it is on disk."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with unfinished.open("wb") as stream:

@@ -14,6 +14,7 @@ from planner.ir.layout import Cut, Layout
 from planner.ir.region import Region
 from planner.ir.transfer import Step, StepKind, steps, transfers
 from runtime.comm.communicator import Communicator, members_of
+from runtime.comm.failures import peer_failed
 from runtime.comm.packing import Exchange, format_of, new_like
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +46,7 @@ def _guarded(run: Run, step: Step, communicator: Communicator, name: str) -> Run
 
 
 @contextlib.contextmanager
-def named(kind: StepKind, communicator: Communicator, name: str) -> Iterator[None]:
+def named(kind: str, communicator: Communicator, name: str) -> Iterator[None]:
     """Name rank, layer and collective where a collective fails in this context."""
     try:
         yield
@@ -53,12 +54,9 @@ def named(kind: StepKind, communicator: Communicator, name: str) -> Iterator[Non
         raise failure(error, kind, communicator, name) from error
 
 
-def failure(error: RuntimeError, kind: StepKind, communicator: Communicator, name: str) -> RunError:
+def failure(error: RuntimeError, kind: str, communicator: Communicator, name: str) -> RunError:
     """Return an error that names rank, layer and collective."""
-    return RunError(
-        f"rank {communicator.mesh.ranks[communicator.position]}: {kind} of {name} failed: {error}. "
-        "If a peer died or hangs, see its own message."
-    )
+    return peer_failed(communicator.mesh.ranks[communicator.position], f"{kind} of {name}", error)
 
 
 def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  # a table of kinds

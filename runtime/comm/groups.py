@@ -14,8 +14,8 @@ from planner.ir.mesh import Mesh
 
 Axes = tuple[int, ...]
 
-FILES_TIMEOUT: Final = timedelta(minutes=30)
-"""Of waiting for the slowest rank's files."""
+FILES_TIMEOUT_S: Final = 1800.0
+"""Of waiting for the slowest rank's files, unless a caller says otherwise."""
 _ON_HOST: Final = {"host", "saving", "files"}
 """Purposes whose messages are between CPUs."""
 
@@ -27,20 +27,21 @@ class ProcessGroups:
     own, so that neither waits for the other. A third group on the host collects batch sizes.
     """
 
-    def __init__(self, mesh: Mesh, axes: Iterable[Axes], timeout_s: float) -> None:
+    def __init__(self, mesh: Mesh, axes: Iterable[Axes], timeout_s: float, user: str = "") -> None:
         """Create the groups; every rank of the job must call this with the same arguments.
 
         Args:
             mesh: the ranks.
             axes: the sets of mesh axes along which ranks will talk.
             timeout_s: after which a collective with a missing peer fails.
+            user: has groups of its own, for messages that must not wait for those of others.
         """
         timeout = timedelta(seconds=timeout_s)
         everyone = tuple(range(len(mesh.axes)))
         wanted = sorted({tuple(sorted(a)) for a in axes} | ({everyone} if everyone else set()))
-        self._blocking = {a: _shared(mesh, a, timeout, "blocking") for a in wanted}
-        self._overlapped = {a: _shared(mesh, a, timeout, "overlapped") for a in wanted}
-        self._host = _shared(mesh, everyone, timeout, "host") if everyone else None
+        self._blocking = {a: _shared(mesh, a, timeout, "blocking", user) for a in wanted}
+        self._overlapped = {a: _shared(mesh, a, timeout, "overlapped", user) for a in wanted}
+        self._host = _shared(mesh, everyone, timeout, "host", user) if everyone else None
 
     def blocking(self, axes: Axes) -> dist.ProcessGroup:
         """Return the group for collectives that the caller waits for."""
@@ -56,7 +57,7 @@ class ProcessGroups:
         return self._host
 
 
-_Key = tuple[tuple[tuple[int, ...], ...], timedelta, str]
+_Key = tuple[tuple[tuple[int, ...], ...], timedelta, str, str]
 
 
 class _Job:
@@ -66,14 +67,14 @@ class _Job:
     groups: ClassVar[dict[_Key, dist.ProcessGroup]] = {}
 
 
-def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str) -> dist.ProcessGroup:
+def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str, user: str = "") -> dist.ProcessGroup:
     """Return the group of this rank along some axes, made at the first call; every rank makes the same calls."""
     enumeration = tuple(tuple(mesh.ranks[p] for p in group) for group in mesh.groups(axes))
     world = dist.distributed_c10d._get_default_group()
     if _Job.world is not world:  # this process has left the job that the groups belong to
         _Job.world = world
         _Job.groups.clear()
-    key = (enumeration, timeout, purpose)
+    key = (enumeration, timeout, purpose, user)
     if key not in _Job.groups:
         backend = "gloo" if purpose in _ON_HOST else None
         listed = [list(group) for group in enumeration]
@@ -81,14 +82,14 @@ def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str) -> dist.Pr
     return _Job.groups[key]
 
 
-def saving_group(mesh: Mesh) -> dist.ProcessGroup:
+def saving_group(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup:
     """Return the group of all ranks on which a thread behind training saves checkpoints.
 
     It is made at the first call, which every rank must make in the same place.
     """
-    return _shared(mesh, tuple(range(len(mesh.axes))), FILES_TIMEOUT, "saving")
+    return _shared(mesh, tuple(range(len(mesh.axes))), timedelta(seconds=timeout_s), "saving")
 
 
-def files_group(mesh: Mesh) -> dist.ProcessGroup:
+def files_group(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup:
     """Return the group of all ranks on which they wait for each other's files; made as the one for saving."""
-    return _shared(mesh, tuple(range(len(mesh.axes))), FILES_TIMEOUT, "files")
+    return _shared(mesh, tuple(range(len(mesh.axes))), timedelta(seconds=timeout_s), "files")

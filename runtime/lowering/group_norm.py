@@ -1,13 +1,12 @@
 """Group norm over the pieces of space of several ranks, equal to that of one device."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from planner.ir.transfer import StepKind
-from runtime.comm.communicator import Axes, Communicator, group_size
-from runtime.comm.exchange import named
+from runtime.comm.among import Among
+from runtime.comm.communicator import Axes
 from runtime.graphs import uncompiled
 from runtime.state import StepState
 
@@ -32,20 +31,12 @@ class GroupNormOverSpace(nn.Module):
         self, x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
     ) -> torch.Tensor:
         weight, bias = (None if t is None else t[self._channels] for t in (weight, bias))
-        among = _Ranks(self._axes, self._state.communicator, self._name)
+        among = Among(self._axes, self._state.communicator, self._name)
         found: torch.Tensor = _GlobalGroupNorm.apply(x, weight, bias, (self._groups, eps), among)
         return found
 
     def extra_repr(self) -> str:
         return f"{self._groups} groups, statistics over mesh axes {self._axes}"
-
-
-class _Ranks(NamedTuple):
-    """Over which mesh axes ranks add up, how they talk, and the layer's name for messages."""
-
-    axes: Axes
-    communicator: Communicator
-    name: str
 
 
 class _GlobalGroupNorm(torch.autograd.Function):
@@ -65,7 +56,7 @@ class _GlobalGroupNorm(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         settings: tuple[int, float],
-        among: _Ranks,
+        among: Among,
     ) -> torch.Tensor:
         groups, eps = settings
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -73,11 +64,9 @@ class _GlobalGroupNorm(torch.autograd.Function):
         variance, mean = torch.var_mean(x.to(wide).reshape(samples, groups, -1), 2, correction=0)
         local_count = x[0].numel() // groups
         packed = torch.cat([mean.view(-1), variance.view(-1), mean.new_tensor([local_count])])
-        size = group_size(among.communicator.mesh, among.axes)
-        with named(StepKind.ALL_GATHER, among.communicator, among.name):
-            rows = among.communicator.all_gather(packed, [packed.numel()] * size, among.axes).view(size, -1)
-        means, variances = rows[:, :-1].view(size, 2, samples, groups).unbind(1)
-        counts = rows[:, -1].view(size, 1, 1)
+        rows = among.gathered(packed)
+        means, variances = rows[:, :-1].view(among.size, 2, samples, groups).unbind(1)
+        counts = rows[:, -1].view(among.size, 1, 1)
         count = counts.sum()  # stays on the device: reading it would make the host wait
         mean = (means * counts).sum(0) / count
         variance = ((variances + (means - mean) ** 2) * counts).sum(0) / count
@@ -106,8 +95,7 @@ class _GlobalGroupNorm(torch.autograd.Function):
         if weight is not None:
             of_dy, of_product = of_dy * weight, of_product * weight
         packed = torch.stack([of_dy, of_product]).view(2, samples, ctx.groups, -1).sum(3)
-        with named(StepKind.ALL_REDUCE, ctx.among.communicator, f"the gradient of {ctx.among.name}"):
-            ctx.among.communicator.all_reduce(packed.view(-1), ctx.among.axes)
+        ctx.among.add_up(packed)
         sums = (packed / ctx.count).repeat_interleave(channels // ctx.groups, 2)
         of_dy, of_product = sums.view(2, *mean.shape).unbind(0)
         scaled = dy if weight is None else dy * _of_channels(weight, x)

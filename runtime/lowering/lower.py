@@ -1,7 +1,8 @@
 """From a traced model and a plan to the parallel module: sharded operators, transfers in between."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from planner.ir.transfer import steps
 from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes
 from runtime.lowering.chance import Seeded, shard_key
+from runtime.lowering.idle import COUNTER, Idle
 from runtime.lowering.operators import Operators
 from runtime.lowering.ops import InTraining, steadied
 from runtime.lowering.products import scaled
 from runtime.lowering.rewriting import LAYER, draws, identifier
 from runtime.state import BatchSize
+from runtime.types import Casting
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Lowered:
 
 def communication_axes(traced: TracedModel, plan: Plan) -> set[Axes]:
     """Return every set of mesh axes along which ranks will talk."""
-    graph, mesh, strategy = traced.layers, plan.mesh, plan.strategy
+    graph, mesh, strategy = traced.layers, plan.mesh, plan.enlarged(traced.layers)
     found: set[Axes] = set()
     of: dict[LayerId, LayerLayouts] = {}
     for layer in graph.layers:
@@ -82,6 +85,10 @@ class Lowering(Operators):
         """Rewrite the graph layer by layer."""
         self._state.gradient_scale = self._params.gradient_scale
         outputs: list[fx.Node] = []
+        position = self._state.communicator.position
+        if any(each.output.is_idle(position) for each in self._layouts.values()):
+            self._casting = self._made_casting()
+            self._state.dtype = self._casting.own
         for layer in self._traced.layers.layers:
             match layer.op:
                 case ir.Output() | ir.Send():
@@ -105,6 +112,9 @@ class Lowering(Operators):
         main, *absorbed = (self._nodes[name] for name in names)
         for node in (main, *absorbed):
             node.meta[LAYER] = layer.id
+        if self._layouts[layer.id].output.is_idle(self._state.communicator.position):
+            self._values[layer.id] = self._idle(layer, [main, *absorbed])
+            return
         if not isinstance(layer.op, ir.Input | ir.Receive):
             self._connect(layer, [main, *absorbed])
             for parameter in layer.params:
@@ -114,6 +124,38 @@ class Lowering(Operators):
         for part, node in zip(layer.absorbed, absorbed, strict=True):
             last = self._steadied(part.op, self._operator(layer, node, part.op, is_main=False))
         self._values[layer.id] = last
+
+    def _idle(self, layer: Layer, nodes: list[fx.Node]) -> fx.Node:
+        """Leave a layer out that other ranks run; return the node with this rank's part of its result, nothing."""
+        last = nodes[-1]
+        sources = [self._converted(layer, k) for k in range(len(layer.inputs))]
+        read = {p.name: attribute(self._model, p.name) for p in layer.params}
+        for tensor in read.values():
+            self._params.local(layer, tensor)
+        trained = [name for name, tensor in read.items() if isinstance(tensor, nn.Parameter)]
+        counters = [name for name, tensor in read.items() if name.endswith(COUNTER) and not tensor.dim()]
+        module = Idle(self._layouts[layer.id].output.region(self._state.communicator.position).shape, layer,
+                      len(layer.inputs), len(trained), self._casting, self._state)  # fmt: skip
+        name = self._add(f"idle.{identifier(layer.id)}", module)
+        with self._graph.inserting_before(last):
+            tensors = [self._graph.get_attr(each) for each in (*trained, *counters)]
+            new = self._graph.call_module(name, (*sources, *tensors))
+        new.meta |= {"val": last.meta.get("val"), LAYER: layer.id}
+        last.replace_all_uses_with(new)
+        sizes = [self._nodes[each] for each in self._traced.sizes.get(layer.id, ())]
+        for node in reversed([*sizes, *nodes]):
+            if not node.users:
+                self._graph.erase_node(node)
+        return new
+
+    def _made_casting(self) -> Casting:
+        """Return what autocast does to the model's tensors, from a copy of the graph as the user's model is."""
+        empty: dict[str, torch.Tensor] = {
+            x.id: torch.empty(x.output.shape, dtype=getattr(torch, x.output.dtype.value), device="meta")
+            for x in self._traced.layers.layers
+            if isinstance(x.op, ir.Input | ir.Receive)
+        }
+        return Casting(self._model, replace(self._traced, graph=copy.deepcopy(self._graph)), empty)
 
     def _steadied(self, op: ir.Op, node: fx.Node) -> fx.Node:
         """Return the node with a norm's result, whose gradient comes in the order of memory that torch needs."""

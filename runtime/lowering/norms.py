@@ -1,13 +1,14 @@
 """Batch norm over the pieces of several ranks, equal to that of one device."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from planner.ir import ops as ir
-from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.comm.among import Among
+from runtime.comm.communicator import Axes
 from runtime.comm.exchange import refuse_second_derivative
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
@@ -22,12 +23,13 @@ class Normalise(nn.Module):
         op: the operator.
         axes: mesh axes over which the statistics are sums; empty for local statistics.
         state: of this rank.
+        name: of the layer, for messages.
     """
 
-    def __init__(self, op: ir.BatchNorm, axes: Axes, state: StepState) -> None:
+    def __init__(self, op: ir.BatchNorm, axes: Axes, state: StepState, name: str) -> None:
         super().__init__()
-        self._op, self._axes, self._state = op, axes, state
-        self._among: _Ranks | None = None
+        self._op, self._axes, self._state, self._name = op, axes, state, name
+        self._among: Among | None = None
 
     def forward(
         self,
@@ -71,8 +73,7 @@ class Normalise(nn.Module):
             running = running_mean, running_var, momentum
         among = self._among
         if among is None:
-            communicator = self._state.communicator
-            among = self._among = _Ranks(self._axes, group_size(communicator.mesh, self._axes), communicator)
+            among = self._among = Among(self._axes, self._state.communicator, self._name)
         y: torch.Tensor = _GlobalBatchNorm.apply(x, weight, bias, self._op.eps, running, among)
         return y
 
@@ -88,6 +89,7 @@ class BatchNorm(Normalise):
         tensors: local pieces of parameters and buffers, by name.
         axes: mesh axes over which the statistics are sums; empty for local statistics.
         state: of this rank.
+        name: of the layer, for messages.
         gradient_factor: by which the gradients of weight and bias are multiplied.
     """
 
@@ -98,9 +100,15 @@ class BatchNorm(Normalise):
     num_batches_tracked: torch.Tensor | None
 
     def __init__(
-        self, op: ir.BatchNorm, tensors: dict[str, torch.Tensor], axes: Axes, state: StepState, gradient_factor: float
+        self,
+        op: ir.BatchNorm,
+        tensors: dict[str, torch.Tensor],
+        axes: Axes,
+        state: StepState,
+        name: str,
+        gradient_factor: float,
     ) -> None:
-        super().__init__(op, axes, state)
+        super().__init__(op, axes, state, name)
         self.register_parameter("weight", tensors.get("weight"))  # type: ignore[arg-type]  # a parameter
         self.register_parameter("bias", tensors.get("bias"))  # type: ignore[arg-type]  # a parameter
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -114,14 +122,6 @@ class BatchNorm(Normalise):
             momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
         weight, bias = both_scaled(self.weight, self.bias, (self._factor, self._factor))
         return self.normalised(x, self.running_mean, self.running_var, weight, bias, momentum or 0.0)
-
-
-class _Ranks(NamedTuple):
-    """Over which mesh axes ranks add up, how many they are, and how they talk."""
-
-    axes: Axes
-    size: int
-    communicator: Communicator
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -140,15 +140,14 @@ class _GlobalBatchNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         eps: float,
         running: tuple[torch.Tensor, torch.Tensor, float] | None,
-        among: _Ranks,
+        among: Among,
     ) -> torch.Tensor:
         channels = x.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         # the kernel of torch's own batch norm: a quarter of the time of torch.var_mean on a CPU
         mean, variance = torch.batch_norm_update_stats(x.to(wide), None, None, 0.0)
         packed = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
-        found = among.communicator.all_gather(packed, [packed.numel()] * among.size, among.axes)
-        means, variances, counts = found.view(among.size, -1).split([channels, channels, 1], 1)
+        means, variances, counts = among.gathered(packed).split([channels, channels, 1], 1)
         count = counts.sum()  # stays on the device: reading it would make the host wait
         shares = counts / count
         mean = (means * shares).sum(0)
@@ -177,7 +176,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
             dy, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         packed = torch.cat([d_bias, d_weight])
-        ctx.among.communicator.all_reduce(packed, ctx.among.axes)
+        ctx.among.add_up(packed)
         invstd = (variance + ctx.eps).rsqrt_()
         mean_dy, mean_dy_xhat = (packed.view(2, -1) * (scale * invstd / ctx.count)).unbind()
         slope = mean_dy_xhat.mul_(invstd)

@@ -251,7 +251,8 @@ class Operators(Rewriting):
         axes = reduced_axes(layer.output, self._layouts[layer.id].output) if self._plan.sync_batch_norm else ()
         if original is None:
             found = operands(Call.of(node, self._model))
-            name = self._add(f"norms.{identifier(node.name)}_{len(self._modules)}", Normalise(op, axes, self._state))
+            stand_in = Normalise(op, axes, self._state, layer.id)
+            name = self._add(f"norms.{identifier(node.name)}_{len(self._modules)}", stand_in)
             arguments = [found[role] for role in ("running_mean", "running_var", "weight", "bias")]
             node.op, node.target, node.args, node.kwargs = "call_module", name, (node.args[0], *arguments), {}
             return
@@ -265,7 +266,7 @@ class Operators(Rewriting):
             factor = this if isinstance(tensor, nn.Parameter) else factor
             cut = cut or tensors[own].shape != tensor.shape
         plain = not axes and factor == 1.0 and not cut
-        self._add(name, original if plain else BatchNorm(op, tensors, axes, self._state, factor))
+        self._add(name, original if plain else BatchNorm(op, tensors, axes, self._state, layer.id, factor))
 
     def _whole_module(self, layer: Layer, original: nn.Module) -> nn.Module:
         """Return a module whose parameters every rank holds whole."""

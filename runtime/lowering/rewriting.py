@@ -12,6 +12,7 @@ from torch import fx, nn
 from planner.frontend.calls import RANDOM, plain_name, tensor_inputs
 from planner.frontend.lower import TracedModel
 from planner.ir import ops as ir
+from planner.ir.branches import moves_at_reader
 from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer
 from planner.ir.layout import Layout, Whole
@@ -42,7 +43,7 @@ class Rewriting:
         self._graph = traced.graph
         self._nodes = {node.name: node for node in self._graph.nodes}
         self._in_layers = {name for names in traced.nodes.values() for name in names}
-        self._mesh, self._strategy = plan.mesh, plan.strategy
+        self._mesh, self._strategy = plan.mesh, plan.enlarged(traced.layers)
         self._modules: dict[str, nn.Module] = {}
         self._attributes: dict[str, torch.Tensor] = {}
         self._layouts = {
@@ -80,7 +81,8 @@ class Rewriting:
             None if source_factor is None else functools.partial(source_factor, conversion),
             None if target_factor is None else functools.partial(target_factor, conversion),
         )  # fmt: skip
-        return self._insert(layer, f"transfers.{identifier(layer.id)}", move, value)
+        before = self._first_node(layer) if self._leaves_branch(producer, layer) else None
+        return self._insert(layer, f"transfers.{identifier(layer.id)}", move, value, before)
 
     def _input_factor(self, op: ir.Op) -> Factor | None:
         """Return what multiplies gradients that leave the network where an operator's tensor enters it."""
@@ -100,10 +102,32 @@ class Rewriting:
             return False
         return is_halo(self._layouts[layer.inputs[0]].output, self._layouts[layer.id].inputs[0])
 
-    def _insert(self, layer: Layer, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
-        """Call a new module of a layer on a value, right behind it; return the node with the result."""
+    def _leaves_branch(self, producer: Layer, reader: Layer) -> bool:
+        """Return whether ranks that compute other branches meanwhile get a tensor (``planner.ir.branches``)."""
+        have, need = self._layouts[producer.id].output, self._layouts[reader.id].output
+        if not have.has_idle:
+            return False
+        made_by, read_by = ([p for p in range(self._mesh.size) if not x.is_idle(p)] for x in (have, need))
+        return moves_at_reader(made_by, read_by)
+
+    def _first_node(self, layer: Layer) -> fx.Node:
+        """Return the first node of the graph that belongs to a layer, or to one that reads it where it has none."""
+        graph, traced = self._traced.layers, self._traced
+        if isinstance(layer.op, ir.Redistribute):
+            found = [self._first_node(reader) for reader in graph.layers if layer.id in reader.inputs]
+        elif isinstance(layer.op, ir.Output | ir.Send):
+            found = list(self._graph.find_nodes(op="output"))
+        else:
+            found = [self._nodes[name] for name in (*traced.nodes[layer.id], *traced.sizes.get(layer.id, ()))]
+        order = {node: k for k, node in enumerate(self._graph.nodes)}
+        return min(found, key=order.__getitem__)
+
+    def _insert(
+        self, layer: Layer, name: str, module: nn.Module, value: fx.Node, before: fx.Node | None = None
+    ) -> fx.Node:
+        """Call a new module of a layer on a value, right behind it or before a node; return the result's node."""
         behind = value if value.op != "placeholder" else list(self._graph.find_nodes(op="placeholder"))[-1]
-        with self._graph.inserting_after(behind):
+        with self._graph.inserting_after(behind) if before is None else self._graph.inserting_before(before):
             node = self._graph.call_module(self._add(f"{name}_{len(self._modules)}", module), (value,))
         node.meta |= {"val": value.meta.get("val"), LAYER: layer.id}
         return node

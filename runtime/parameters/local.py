@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
@@ -75,20 +76,28 @@ def refuse_differing_models(module: nn.Module, communicator: Communicator) -> No
     Raises:
         MismatchError: on every rank, with the ranks that differ from the first.
     """
+    found = communicator.start_gather_ints(int(model_digest(module)[:15], 16))()
+    if others := [r for r, d in zip(communicator.mesh.ranks, found, strict=True) if d != found[0]]:
+        raise MismatchError(
+            f"ranks {others} have another model than rank {communicator.mesh.ranks[0]}: {ANOTHER_MODEL}"
+        )
+
+
+ANOTHER_MODEL: Final = (
+    "names, shapes, element types, memory formats (channels_last) or requires_grad of its parameters and buffers "
+    "differ. Build and convert the model in the same way on all ranks."
+)
+
+
+def model_digest(module: nn.Module) -> str:
+    """Return a hash of all that ranks must have in common of a model: everything of its tensors but their values."""
 
     def described(tensor: torch.Tensor) -> list[object]:
         order = sorted((d for d in range(tensor.dim()) if tensor.shape[d] > 1), key=tensor.stride, reverse=True)
         return [list(tensor.shape), str(tensor.dtype), order, tensor.requires_grad]
 
     listed = [[name, *described(t)] for name, t in tensors_of(module).items()]
-    digest = int(sha256_of([[str(each) for each in one] for one in listed])[:15], 16)
-    found = communicator.start_gather_ints(digest)()
-    if others := [r for r, d in zip(communicator.mesh.ranks, found, strict=True) if d != found[0]]:
-        raise MismatchError(
-            f"ranks {others} have another model than rank {communicator.mesh.ranks[0]}: names, shapes, element types, "
-            "memory formats (channels_last) or requires_grad of its parameters and buffers differ. Build and convert "
-            "the model in the same way on all ranks."
-        )
+    return sha256_of([[str(each) for each in one] for one in listed])
 
 
 def broadcast_state(module: nn.Module, communicator: Communicator) -> None:
@@ -162,7 +171,7 @@ class LocalParameters:
         axes = layout.axes_with(Whole.SHARED)
         piece = self.pieces.setdefault(id(tensor), local_parameter(tensor, layout, self._position))
         self.replicas[id(piece)] = group_size(self._mesh, layout.axes_with(Whole.SHARED, Whole.EQUAL))
-        if axes:  # frozen ones too: they may be thawed
+        if axes and not layout.is_idle(self._position):  # frozen ones too: they may be thawed
             self.synchronised[id(piece)] = (name, piece, axes)
         factor = group_size(self._mesh, axes) / self.gradient_scale
         self.factors[name] = factor

@@ -11,9 +11,9 @@ from typing import Any, Final, TypeVar
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from planner.errors import RunError
 from planner.ir.bucket import fill_buckets
 from runtime.comm.communicator import Axes, Communicator, group_size
+from runtime.comm.failures import peer_failed
 from runtime.parameters.buckets import Bucket, RowBucket, WholeBucket
 from runtime.parameters.shards import Bundle, Shard
 
@@ -175,7 +175,5 @@ class Reducer:
         except RuntimeError as error:
             first, last = (self._names[id(p)] for p in (bucket.parameters[0], bucket.parameters[-1]))
             mesh = self._communicator.mesh
-            raise RunError(
-                f"rank {mesh.ranks[self._communicator.position]}: {bucket.collective} of the gradients of {first} to "
-                f"{last} failed: {error}. A peer died or hangs; see its own message."
-            ) from error
+            what = f"{bucket.collective} of the gradients of {first} to {last}"
+            raise peer_failed(mesh.ranks[self._communicator.position], what, error) from error

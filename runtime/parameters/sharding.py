@@ -55,6 +55,7 @@ class Shards:
         self._bundles: list[Bundle] = []
         self._hooks: saved_tensors_hooks | None = None
         self._updated, self._version, self._mode = False, 0, True
+        self._reducer: Reducer | None = None
         keys = [(s.axes, s.rows.dtype, s.rows.device) for s in shards]
         if sharding == FULL and shards:
             for shard in shards:
@@ -68,6 +69,9 @@ class Shards:
             sizes = [s.whole.numel() * s.whole.element_size() for s in shards]
             filled = fill_buckets(list(zip(keys, sizes, strict=True)), bucket_bytes)
             self._bundles = [Bundle([shards[i] for i in found.items]) for found in filled]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_reducer": None}  # a copy of the module has a reducer of its own
 
     @staticmethod
     def of(
@@ -137,6 +141,7 @@ class Shards:
     def serve(self, reducer: Reducer) -> None:
         """Do what is to be done behind each backward pass of a reducer, and have it do what belongs to gathering."""
         reducer.when_done = self._done
+        self._reducer = reducer
         if self._gathers is not None:
             self._gathers.when_backward = reducer.call_when_done
 
@@ -210,8 +215,8 @@ class Shards:
         self._updated = True
 
     def _done(self) -> None:
-        """A backward pass has ended."""
-        self._updated = True
+        """A backward pass has ended; behind one whose gradients stay on this rank, no optimizer updates."""
+        self._updated |= self._reducer is None or self._reducer.enabled
         if self._gathers is not None:
             self._gathers.release()
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from planner.errors import RunError, UsageError
+from planner.errors import UsageError
 from planner.ir.layout import Interval, balanced_pieces
 from planner.ir.split import LayerId
 from runtime.comm.communicator import Axes, Communicator
+from runtime.comm.failures import peer_failed
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A part of a tensor and its place in a message."""
@@ -202,10 +203,8 @@ def naming(bundle: Bundle, communicator: Communicator) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RunError(
-            f"rank {communicator.mesh.ranks[communicator.position]}: all_gather of {bundle.shards[0].name} to "
-            f"{bundle.shards[-1].name} failed: {error}. A peer died or hangs; see its own message."
-        ) from error
+        what = f"all_gather of {bundle.shards[0].name} to {bundle.shards[-1].name}"
+        raise peer_failed(communicator.mesh.ranks[communicator.position], what, error) from error
 
 
 def _by_rows(tensor: torch.Tensor) -> torch.Tensor:

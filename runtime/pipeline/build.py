@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -20,14 +21,14 @@ from planner.ir.ops import Input, Output, Receive, Send
 from planner.ir.region import Region
 from planner.ir.rules import layouts
 from planner.ir.split import LayerId
-from planner.ir.stages import SENT, crossings, homes
-from planner.ir.tensor import DType
+from planner.ir.stages import SENT, crossings, homes, stage_graphs
 from planner.plan.schema import Plan
-from planner.plan.stages import graphs_of, microbatch_inputs, stage_plans
+from planner.plan.stages import cuts_of, graphs_of, microbatch_inputs, stage_plans
 from runtime.comm.communicator import Communicator, TorchCommunicator
 from runtime.comm.exchange import Batch
 from runtime.comm.groups import ProcessGroups
 from runtime.comm.staging import communicator_of
+from runtime.evaluation import evaluation_plan
 from runtime.graphs import uncompiled
 from runtime.lowering.lower import communication_axes
 from runtime.lowering.rewriting import samples_of
@@ -36,6 +37,7 @@ from runtime.parallel import agree, lower_as
 from runtime.parameters.local import tensors_of
 from runtime.state import is_in_backward
 from runtime.timing import Tape, TimedCommunicator
+from runtime.types import Casting, ElementTypes
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class StagePlan:
         index: of the stage.
         plan: the stage alone, for a micro-batch; see ``planner.plan.stages.stage_plans``.
         traced: its part of the model.
+        casting: what autocast does to the model's tensors.
+        evaluated: the stage in evaluation, where the model's code makes it another; None where it is the same.
     """
 
     index: int
     plan: Plan
     traced: TracedModel
+    casting: Casting
+    evaluated: "StagePlan | None" = None
 
     @property
     def layers(self) -> LayerGraph:
@@ -117,6 +123,10 @@ class StageModule(ParallelModule):
     stage: StagePlan
     samples: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.stage)] = self.stage
+        return super().__deepcopy__(memo)
+
     @uncompiled
     def _before_forward(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self.training and isinstance(self._evaluation, str):
@@ -146,25 +156,73 @@ def cut(model: nn.Module, plan: Plan) -> tuple[StagePlan, ...]:
     if any(not name.endswith("num_batches_tracked") for name in buffers_written(traced.graph)):
         evaluation = trace(model, inputs, keywords, training=False)
         traced = replace(traced, written_in_evaluation=buffers_written(evaluation))
-    refused = _no_evaluation(model, traced, plan)
     graphs = graphs_of(plan, traced.layers)
-    parts = zip(stage_plans(plan, graphs), stage_models(traced, graphs), strict=True)
-    return tuple(StagePlan(s, one, replace(part, evaluation=refused)) for s, (one, part) in enumerate(parts))
+    parts, plans = stage_models(traced, graphs), stage_plans(plan, graphs)
+    found = _in_evaluation(model, traced, plan, graphs)
+    evaluated = _planned(parts, plans, found, _casting(model, found[0], plan)) if isinstance(found, tuple) else found
+    casting = _casting(model, traced, plan)
+    if not isinstance(evaluated, tuple):
+        return tuple(
+            StagePlan(s, one, replace(part, evaluation=evaluated), casting)
+            for s, (one, part) in enumerate(zip(plans, parts, strict=True))
+        )
+    return tuple(
+        StagePlan(s, one, replace(part, evaluation=other.traced), casting, other)
+        for s, (one, part, other) in enumerate(zip(plans, parts, evaluated, strict=True))
+    )
 
 
-def _no_evaluation(model: nn.Module, traced: TracedModel, plan: Plan) -> str | None:
-    """Return why the stages cannot run in evaluation, None where they can."""
+def in_mode(stages: Sequence[StagePlan], *, training: bool) -> tuple[StagePlan, ...]:
+    """Return the stages as they are in training or in evaluation."""
+    return tuple(stage if training or stage.evaluated is None else stage.evaluated for stage in stages)
+
+
+def _casting(model: nn.Module, traced: TracedModel, plan: Plan) -> Casting:
+    inputs, keywords = empty_inputs(microbatch_inputs(plan))
+    names = [x.name for x in plan.model.inputs if not x.keyword]
+    return Casting(model, traced, {**dict(zip(names, inputs, strict=True)), **keywords})
+
+
+def _in_evaluation(
+    model: nn.Module, traced: TracedModel, plan: Plan, graphs: Sequence[LayerGraph]
+) -> "_Evaluated | str | None":
+    """Return what the stages run in evaluation; None where it is the same, a sentence where they cannot."""
     if not asks_for_mode(model):
         return None
     inputs, keywords = empty_inputs(microbatch_inputs(plan))
-    advice = "Evaluate the unparallelized model with the weights of a checkpoint (runtime.checkpoint.export)."
     try:
         found = trace_layers(model, inputs, plan.model.name, keywords=keywords, training=False)
     except TraceError as error:
-        return f"the model asks for its mode, and in evaluation it cannot be traced: {error}. {advice}"
+        return f"the model asks for its mode, and in evaluation it cannot be traced: {error}. {_ADVICE}"
     if is_same(found.graph, traced.graph):
         return None
-    return f"the model's code asks for its mode, and pipeline stages run what it does in training only. {advice}"
+    try:
+        others = stage_graphs(found.layers, cuts_of(plan, traced.layers))
+    except ValueError as error:
+        return f"in evaluation the model cannot be cut where the plan cuts it: {error}. {_ADVICE}"
+    home = homes(graphs)
+    if moved := sorted(name for name, stage in homes(others).items() if home.get(name, 0) != stage):
+        return f"in evaluation another stage than in training reads {', '.join(moved[:3])}. {_ADVICE}"
+    return replace(found, written_in_evaluation=buffers_written(found.graph)), others
+
+
+_Evaluated = tuple[TracedModel, tuple[LayerGraph, ...]]
+"""A model in evaluation, and the layers of every stage."""
+_ADVICE: Final = "Evaluate the unparallelized model with the weights of a checkpoint (runtime.checkpoint.export)."
+
+
+def _planned(
+    parts: Sequence[TracedModel], plans: Sequence[Plan], evaluated: _Evaluated, casting: Casting
+) -> tuple[StagePlan, ...] | str:
+    """Return the stages in evaluation with splits of their own, a sentence where there are no legal ones."""
+    traced, graphs = evaluated
+    try:
+        return tuple(
+            StagePlan(s, evaluation_plan(replace(part, evaluation=other), one), other, casting)
+            for s, (part, one, other) in enumerate(zip(parts, plans, stage_models(traced, graphs), strict=True))
+        )
+    except UsageError as error:
+        return f"{error} {_ADVICE}"
 
 
 def everyone(plan: Plan, timeout_s: float) -> TorchCommunicator:
@@ -180,7 +238,10 @@ def joined(stages: Sequence[StagePlan], rank: int, timeout_s: float) -> dict[int
     found: dict[int, Communicator] = {}
     for stage in stages:
         mesh = stage.plan.mesh
-        groups = ProcessGroups(mesh, communication_axes(stage.traced, stage.plan), timeout_s)
+        axes = communication_axes(stage.traced, stage.plan)
+        if stage.evaluated is not None:
+            axes |= communication_axes(stage.evaluated.traced, stage.evaluated.plan)
+        groups = ProcessGroups(mesh, axes, timeout_s)
         if rank in mesh.ranks:
             found[stage.index] = communicator_of(mesh, groups)
     return found
@@ -228,7 +289,7 @@ def stage_module(
     return module
 
 
-def receives(stages: Sequence[StagePlan], index: int, rank: int, batch: int, dtype: torch.dtype) -> tuple[Port, ...]:
+def receives(stages: Sequence[StagePlan], index: int, rank: int, batch: int, types: ElementTypes) -> tuple[Port, ...]:
     """Return what a stage receives on a rank, for micro-batches of so many samples.
 
     Args:
@@ -236,19 +297,19 @@ def receives(stages: Sequence[StagePlan], index: int, rank: int, batch: int, dty
         index: of the stage.
         rank: of the job; one of the stage's.
         batch: samples of a micro-batch.
-        dtype: of tensors that are float32 in the plan: the model's, or autocast's.
+        types: of the elements.
     """
     own = stages[index]
-    return tuple(_port(own, stages[index - 1], name, rank, batch, dtype) for name in own.ids(Receive))
+    return tuple(_port(own, stages[index - 1], name, rank, batch, types) for name in own.ids(Receive))
 
 
-def sends(stages: Sequence[StagePlan], index: int, rank: int, batch: int, dtype: torch.dtype) -> tuple[Port, ...]:
+def sends(stages: Sequence[StagePlan], index: int, rank: int, batch: int, types: ElementTypes) -> tuple[Port, ...]:
     """Return what a stage sends from a rank; arguments as of ``receives``."""
     own = stages[index]
-    return tuple(_port(own, stages[index + 1], name, rank, batch, dtype) for name in own.ids(Send))
+    return tuple(_port(own, stages[index + 1], name, rank, batch, types) for name in own.ids(Send))
 
 
-def _port(own: StagePlan, other: StagePlan, mine: LayerId, rank: int, batch: int, dtype: torch.dtype) -> Port:
+def _port(own: StagePlan, other: StagePlan, mine: LayerId, rank: int, batch: int, types: ElementTypes) -> Port:
     is_receiving = isinstance(own.layers[mine].op, Receive)
     name = LayerId(mine if is_receiving else mine.removesuffix(SENT))
     theirs = LayerId(name + SENT) if is_receiving else name
@@ -270,9 +331,8 @@ def _port(own: StagePlan, other: StagePlan, mine: LayerId, rank: int, batch: int
     spec = own.layers[mine].output
     receiver = own.layers[mine].op if is_receiving else other.layers[theirs].op
     has_gradient = isinstance(receiver, Receive) and receiver.has_gradient
-    kept = dtype if spec.dtype is DType.FLOAT32 else getattr(torch, spec.dtype.value)
     ahead, behind = (come, go) if is_receiving else (go, come)
-    return Port(name, frame.shape, kept, has_gradient, ahead, behind)
+    return Port(name, frame.shape, types.of(name, spec), has_gradient, ahead, behind)
 
 
 def input_regions(stage: StagePlan, rank: int, batch: int) -> dict[str, Region]:

@@ -6,7 +6,7 @@ forward and backward pass, and sends to the ranks of the stages beside it exactl
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,29 @@ from planner.ir.layout import balanced_pieces
 from planner.ir.ops import Input
 from planner.ir.region import Region
 from planner.ir.rules import InputOutput
+from planner.ir.transfer import StepKind
 from planner.plan.schema import Plan
+from runtime.comm.communicator import TorchCommunicator
+from runtime.comm.exchange import named
 from runtime.data import smallest_batch
-from runtime.pipeline.build import Port, StagePlan, build, cut, everyone, input_regions, receives, sends
-from runtime.pipeline.holding import HeldStages, whole_shapes
+from runtime.pipeline.build import (
+    Port,
+    StageModule,
+    StagePlan,
+    build,
+    cut,
+    everyone,
+    in_mode,
+    input_regions,
+    receives,
+    sends,
+)
+from runtime.pipeline.holding import PipelinedStages, whole_shapes
 from runtime.pipeline.links import Message
 from runtime.pipeline.stale import CycleStage, Mode, StalePipeline
 from runtime.pipeline.transfers import Arrival, Post
 from runtime.timing import Tape
+from runtime.types import ElementTypes
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -98,7 +113,7 @@ class PortLink:
         return f"{kind}{port.name!r} (message {number} between this stage and the {side} one)"
 
 
-class CyclePipeline(HeldStages):
+class CyclePipeline(PipelinedStages):
     """This rank's stage, trained in cycles; made by ``runtime.pipelined``.
 
     Every rank makes the same calls. ``step`` returns before the batch is done: behind the last one, and before weights
@@ -114,12 +129,27 @@ class CyclePipeline(HeldStages):
 
     @property
     def num_steps(self) -> int:
-        """Batches that were fed; what a hybrid counts. Set it when going on from a checkpoint."""
+        """Batches that were fed; what a hybrid counts. A checkpoint that is loaded sets it."""
         return self._steps.training.num_steps
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
         self._steps.training.load_state_dict({"num_steps": value})
+
+    @property
+    def progress(self) -> int:
+        """``num_steps``."""
+        return self.num_steps
+
+    def go_on(self, progress: int) -> None:
+        """Set ``num_steps``."""
+        self.num_steps = progress
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UsageError(
+            "a pipeline in cycles cannot be copied: it updates its weights by itself, while batches are in flight. "
+            "Copy its tensors (state_dict()), or save a checkpoint."
+        )
 
     @property
     def in_flight(self) -> int:
@@ -235,16 +265,20 @@ class _Cycles:
         optimizer: Optimizer | None,
         pipelined_steps: int | None,
     ) -> None:
-        (self._module,) = held.held_stages
+        (module,) = held.held_stages
+        assert isinstance(module, StageModule)
+        assert isinstance(held.world, TorchCommunicator)
+        self._module = module
         self._plan, self._all, self._loss_fn = held.plan, stages, loss_fn
+        self._evaluated = in_mode(stages, training=False) if stages[0].evaluated is not None else stages
         self._index, self._rank = self._module.stage.index, dist.get_rank()
         floating = [p for p in (*self._module.parameters(), *self._module.buffers()) if p.is_floating_point()]
-        self._dtype = floating[0].dtype if floating else torch.float32
-        self._device = floating[0].device if floating else torch.device("cpu")
+        self.dtype = stages[0].casting.own  # of all stages; this one may have no parameters
+        self.device = floating[0].device if floating else torch.device("cpu")
         self._smallest = max(smallest_batch(stage.plan) for stage in stages)
         group, last = held.world._groups.blocking((0,)), len(stages) - 1
-        self._before = PortLink(group, self._device, to_next=False) if self._index else None
-        self._after = PortLink(group, self._device, to_next=True) if self._index < last else None
+        self._before = PortLink(group, self.device, to_next=False) if self._index else None
+        self._after = PortLink(group, self.device, to_next=True) if self._index < last else None
         mode: Mode = "pipedream" if held.plan.schedule.kind == "pipedream" else "stale"
         stage = CycleStage(
             self._module,
@@ -256,7 +290,12 @@ class _Cycles:
             mode=mode,
         )
         self.training = StalePipeline(stage, pipelined_steps)
-        self._sizes: tuple[int, torch.dtype] | None = None
+        self._sizes: tuple[int, tuple[bool, ElementTypes]] | None = None
+
+    @property
+    def _now(self) -> Sequence[StagePlan]:
+        """All stages in the mode of this moment."""
+        return self._all if self._module.training else self._evaluated
 
     def watch(self, tape: Tape | None) -> None:
         """Let forward, backward and update leave marks on a tape, or on none."""
@@ -265,6 +304,10 @@ class _Cycles:
 
     def step(self, inputs: Sequence[Any], keywords: Mapping[str, Any], target: Any) -> list[Tensor]:
         """Feed a batch; see ``CyclePipeline.step``."""
+        if self._now is not self._all:
+            raise UsageError(
+                "step() trains, and the model's code makes another of it in evaluation; call train() first"
+            )
         size = self._size_of((*inputs, *keywords.values(), target))
         losses = self._use(size)
         has_target = target is not None
@@ -290,7 +333,8 @@ class _Cycles:
             a, b = balanced_pieces(batch, last.mesh.size)[communicator.position]
             share = (b - a) / batch
         total = torch.stack(losses) * share
-        communicator.all_reduce(total, tuple(range(len(last.mesh.axes))))
+        with named(StepKind.ALL_REDUCE, communicator, "the loss"):
+            communicator.all_reduce(total, tuple(range(len(last.mesh.axes))))
         return list(total)
 
     def _loss(self, output: Any, target: tuple[bool, Any]) -> Tensor:
@@ -306,16 +350,17 @@ class _Cycles:
             raise MismatchError(
                 f"batches of {batch} samples leave a rank without any; the plan needs at least {self._smallest}"
             )
-        kind = self._device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
-        if self._sizes == (batch, dtype):
+        stages = self._now
+        types = stages[0].casting.types(self.device.type, self.dtype)
+        key = batch, (stages is self._all, types)
+        if self._sizes == key:
             return []
         losses = self.training.drain()
-        self._sizes, self._module.samples = (batch, dtype), batch
+        self._sizes, self._module.samples = key, batch
         if self._before is not None:
-            self._before.ports = receives(self._all, self._index, self._rank, batch, dtype)
+            self._before.ports = receives(stages, self._index, self._rank, batch, types)
         if self._after is not None:
-            self._after.ports = sends(self._all, self._index, self._rank, batch, dtype)
+            self._after.ports = sends(stages, self._index, self._rank, batch, types)
         return losses
 
     def _size_of(self, passed: Iterable[Any]) -> int:
@@ -329,7 +374,7 @@ class _Cycles:
         """Return this rank's regions of the inputs, in the order of the stage's arguments."""
         if self._index:
             return ()
-        stage = self._all[0]
+        stage = self._now[0]
         names = [str(i) for i in stage.ids(Input)]
         positional = [n for n in names if n not in keywords]
         if len(inputs) != len(positional) or not keywords.keys() <= set(names):
@@ -343,7 +388,7 @@ class _Cycles:
         if not isinstance(value, Tensor):
             return value
         frame = Region((0,) * value.dim(), tuple(value.shape))
-        return value.detach()[region.slices_in(frame)].to(self._device)
+        return value.detach()[region.slices_in(frame)].to(self.device)
 
     def _own_target(self, target: Any, batch: int) -> Any:
         last = self._all[-1].plan
@@ -352,4 +397,4 @@ class _Cycles:
         a, b = 0, batch
         if last.input_output is InputOutput.PER_RANK:
             a, b = balanced_pieces(batch, last.mesh.size)[last.mesh.ranks.index(self._rank)]
-        return tree_map(lambda t: t[a:b].to(self._device) if isinstance(t, Tensor) and t.dim() else t, target)
+        return tree_map(lambda t: t[a:b].to(self.device) if isinstance(t, Tensor) and t.dim() else t, target)

@@ -1,17 +1,19 @@
-"""The stages that a rank of a pipeline holds, as one module under the user's names."""
+"""The parts of a model that a rank holds, stages of a pipeline among others, as one module under the user's names."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import nn
 
-from planner.errors import MismatchError
+from planner.errors import MismatchError, UsageError
 from planner.frontend.parameters import parameter_names
+from planner.ir.transfer import StepKind
 from planner.plan.schema import Plan
-from runtime.comm.communicator import TorchCommunicator
+from runtime.comm.communicator import Communicator
+from runtime.comm.exchange import named
+from runtime.module import ParallelModule
 from runtime.parameters.clipping import clip_grad_norm
-from runtime.pipeline.build import StageModule
 
 
 class Whole(NamedTuple):
@@ -28,6 +30,18 @@ def whole_shapes(model: nn.Module) -> dict[str, Whole]:
     return {n: Whole(names.get(id(t), n), tuple(t.shape)) for n, t in kept.items() if isinstance(t, torch.Tensor)}
 
 
+class Steps(Protocol):
+    """What trains the stages.
+
+    Attributes:
+        dtype: of tensors that the plan knows as float32.
+        device: of this rank.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 class HeldStages(nn.Module):
     """The stages of a pipelined model that this rank holds, under the user's names.
 
@@ -41,7 +55,7 @@ class HeldStages(nn.Module):
     """
 
     def __init__(
-        self, modules: Sequence[StageModule], plan: Plan, world: TorchCommunicator, whole: Mapping[str, Whole]
+        self, modules: Sequence[ParallelModule], plan: Plan, world: Communicator, whole: Mapping[str, Whole]
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(modules)
@@ -49,7 +63,15 @@ class HeldStages(nn.Module):
         self.training = any(module.training for module in modules)
 
     @property
-    def held_stages(self) -> tuple[StageModule, ...]:
+    def progress(self) -> int | None:
+        """What a checkpoint keeps of how far training is, beside the number that the script gives it; here nothing."""
+        return None
+
+    def go_on(self, progress: int) -> None:
+        """Go on from where ``progress`` was saved."""
+
+    @property
+    def held_stages(self) -> tuple[ParallelModule, ...]:
         """The stages of this rank, in order."""
         return tuple(self.stages)  # type: ignore[arg-type]  # as put in
 
@@ -111,9 +133,39 @@ class HeldStages(nn.Module):
     def _gathered(self, number: torch.Tensor) -> torch.Tensor:
         """Return a scalar of every rank."""
         size = self.world.mesh.size
-        return self.world.all_gather(number.view(1), [1] * size, (0,)) if size > 1 else number.view(1)
+        with named(StepKind.ALL_GATHER, self.world, "the norm of the gradients"):
+            return self.world.all_gather(number.view(1), [1] * size, (0,)) if size > 1 else number.view(1)
 
     def add_over_ranks(self, numbers: torch.Tensor) -> None:
         """Add a contiguous tensor over all ranks of the plan, in place; every rank must call it."""
         if self.world.mesh.size > 1:
-            self.world.all_reduce(numbers, (0,))
+            with named(StepKind.ALL_REDUCE, self.world, "numbers of the whole model"):
+                self.world.all_reduce(numbers, (0,))
+
+
+class PipelinedStages(HeldStages):
+    """The stages of a pipeline, which a rank trains by a schedule."""
+
+    _steps: Steps
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return self._steps.device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Convert tensors (``to``, ``double``), and with them what is sent between stages.
+
+        Raises:
+            UsageError: to another device, with which nobody has made process groups.
+        """
+        self.require_settled("it is converted")
+        example = fn(torch.empty(1, dtype=self._steps.dtype, device=self.device))
+        if example.device != self.device:
+            raise UsageError(
+                f"a pipeline stays on the device that it was built on ({self.device}), not {example.device}: move the "
+                "model before runtime.pipelined"
+            )
+        super()._apply(fn, recurse)
+        self._steps.dtype = example.dtype
+        return self

@@ -1,5 +1,6 @@
 """`pipelined`: what a training script calls on one rank of a pipeline."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from planner.errors import UsageError
 from planner.ir.schedule import ScheduleKind
-from planner.plan.schema import Plan, require_single_rank_count
+from planner.plan.schema import Plan
+from runtime.agreement import start_together
 from runtime.comm.communicator import TorchCommunicator
 from runtime.pipeline.build import StageModule, StagePlan, build, cut, everyone
 from runtime.pipeline.cycles import CyclePipeline, OptimizerFactory, cycle_pipeline
-from runtime.pipeline.holding import HeldStages, whole_shapes
+from runtime.pipeline.holding import PipelinedStages, whole_shapes
 from runtime.pipeline.synchronous import LossFunction, Scale, Synchronous
 
 
@@ -60,29 +62,33 @@ def pipelined(
     Raises:
         UsageError: torch.distributed is not initialised, weights are on the meta device, the plan is for another number
             of ranks, or its schedule needs an optimizer or none.
-        MismatchError: the plan was made for another model.
+        MismatchError: the plan was made for another model; or ranks have different plans, models or code.
+        RunError: a rank did not come.
     """
-    if not dist.is_initialized():
-        raise UsageError(
-            "torch.distributed is not initialised: call runtime.launch.initialize() (or "
-            "torch.distributed.init_process_group()) first, and start the script with torchrun"
-        )
-    require_single_rank_count(plan, dist.get_world_size())
+
+    def check() -> tuple[StagePlan, ...]:
+        _refuse_unfit(plan, optimizer)
+        return cut(model, plan) if optimizer is None else ()
+
+    stages = start_together("pipelined", model, plan, check)
+    if optimizer is not None:
+        return cycle_pipeline(model, plan, loss_fn, optimizer, pipelined_steps=pipelined_steps, timeout_s=timeout_s)
+    return assembled(model, plan, stages, build(model, stages, plan, dist.get_rank(), timeout_s), loss_fn, timeout_s)
+
+
+def _refuse_unfit(plan: Plan, optimizer: OptimizerFactory | None) -> None:
+    """Check that a plan's schedule has the optimizer that it needs, and can have its sharded parameters."""
     kind = ScheduleKind(plan.schedule.kind)
     if kind.is_synchronous != (optimizer is None):
         does, advice = "is called by the training script, behind step()", "Pass no optimizer."
         if not kind.is_synchronous:
             does, advice = "steps in every cycle", "Pass one: optimizer=functools.partial(torch.optim.SGD, lr=0.1)."
         raise UsageError(f"with schedule {kind.value!r} the optimizer {does}. {advice}")
-    if optimizer is not None:
-        return cycle_pipeline(model, plan, loss_fn, optimizer, pipelined_steps=pipelined_steps, timeout_s=timeout_s)
     if kind.splits_backward and any(stage.parameter_sharding != "none" for stage in plan.stages):
         raise UsageError(
             f"schedule {kind.value!r} computes gradients of weights where no hook sees them, which sharded parameters "
             "need. Use schedule '1f1b' or 'interleaved', or parameter_sharding 'none'."
         )
-    stages = cut(model, plan)
-    return assembled(model, plan, stages, build(model, stages, plan, dist.get_rank(), timeout_s), loss_fn, timeout_s)
 
 
 def assembled(
@@ -110,7 +116,7 @@ def group_of(world: TorchCommunicator) -> dist.ProcessGroup:
     return world._groups.blocking((0,))
 
 
-class Pipeline(HeldStages):
+class Pipeline(PipelinedStages):
     """This rank's stages, trained by a synchronous schedule; made by ``runtime.pipelined``.
 
     After ``step`` the gradients are those of the mean loss over the global batch, added to those that were there. Batch
@@ -118,6 +124,14 @@ class Pipeline(HeldStages):
     """
 
     _steps: Synchronous
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pipeline":
+        """Return stages with parameters and buffers of their own, which talk over the same process groups."""
+        modules = [copy.deepcopy(stage, memo) for stage in self.held_stages if isinstance(stage, StageModule)]
+        found = Pipeline(modules, self.plan, self.world, self.whole)
+        memo[id(self)] = found
+        found._steps = self._steps.copied(modules)
+        return found
 
     def step(
         self,

@@ -14,13 +14,16 @@ from planner.ir.region import Region
 from planner.ir.rules import InputOutput
 from planner.ir.schedule import Action, ActionKind, Order, ScheduleKind, orders
 from planner.ir.split import LayerId
+from planner.ir.transfer import StepKind
 from planner.plan.schema import Plan
+from runtime.comm.exchange import named
 from runtime.data import smallest_batch
 from runtime.lowering.rewriting import samples_of
-from runtime.pipeline.build import StageModule, StagePlan, receives, sends
+from runtime.pipeline.build import StageModule, StagePlan, in_mode, receives, sends
 from runtime.pipeline.torch_stage import TorchSchedule, TorchStage, unflattened
 from runtime.pipeline.transfers import Post
 from runtime.timing import Tape
+from runtime.types import ElementTypes
 
 Scale = Callable[[torch.Tensor], torch.Tensor]
 LossFunction = Callable[..., torch.Tensor]
@@ -65,7 +68,8 @@ class Synchronous:
         dtype: torch.dtype,
         loss_fn: LossFunction,
     ) -> None:
-        self._plan, self._all, self._dtype, self._device, self._loss_fn = plan, stages, dtype, device, loss_fn
+        self._plan, self._all, self.dtype, self.device, self._loss_fn = plan, stages, dtype, device, loss_fn
+        self._evaluated = in_mode(stages, training=False) if stages[0].evaluated is not None else stages
         self._rank, self._post, self._group = dist.get_rank(), Post(group, device), group
         self._kind = ScheduleKind(plan.schedule.kind)
         groups = positions_of(plan)
@@ -77,10 +81,14 @@ class Synchronous:
             stage._module._state.passes.keep(plan.schedule.num_microbatches)
         self._smallest = max(smallest_batch(stage.plan) for stage in stages)
         self._schedules: dict[tuple[int, bool], TorchSchedule] = {}
-        self._sizes: tuple[int, torch.dtype] | None = None
+        self._sizes: tuple[int, tuple[bool, ElementTypes]] | None = None
         self._scale: Scale = _unscaled
         self._has_target = False
         self._values: list[torch.Tensor] = []
+
+    def copied(self, modules: Sequence[StageModule]) -> "Synchronous":
+        """Return the same for copies of the modules."""
+        return Synchronous(self._plan, self._all, modules, self._group, self.device, self.dtype, self._loss_fn)
 
     def watch(self, tape: Tape | None) -> None:
         """Let forward and backward leave marks on a tape, or on none."""
@@ -95,6 +103,10 @@ class Synchronous:
         """Do forward and backward of a batch; see ``runtime.pipeline.module.Pipeline.step``."""
         if not torch.is_grad_enabled():
             raise UsageError("step() trains, and gradients are switched off (torch.no_grad()); evaluate() needs none")
+        if self._now is not self._all:
+            raise UsageError(
+                "step() trains, and the model's code makes another of it in evaluation; call train() first"
+            )
         count = self._plan.schedule.num_microbatches
         size = self._size_of((*inputs, *keywords.values(), target))
         if size % count:
@@ -108,7 +120,7 @@ class Synchronous:
         targets = [None] * count if target is None else self._own_targets(target, count)
         self._values.clear()
         if scale is not None and not self._stages[-1].is_last:
-            scale(torch.zeros((), device=self._device))  # a scaler makes its number when it is first called
+            scale(torch.zeros((), device=self.device))  # a scaler makes its number when it is first called
         self._run(self._schedule(count, trains=True), args, kwargs, targets)
         return self._mean_loss(everywhere)
 
@@ -134,10 +146,12 @@ class Synchronous:
                 share = (b - a) / batch
             total = (torch.stack(self._values).mean() * share).reshape(1)
             if mesh.size > 1:
-                communicator.all_reduce(total, tuple(range(len(mesh.axes))))
+                with named(StepKind.ALL_REDUCE, communicator, "the loss"):
+                    communicator.all_reduce(total, tuple(range(len(mesh.axes))))
         if everywhere and self._plan.num_ranks > 1:
-            total = torch.zeros(1, dtype=torch.float64, device=self._device) if total is None else total.double()
-            dist.broadcast(total, mesh.ranks[0], self._group)
+            total = torch.zeros(1, dtype=torch.float64, device=self.device) if total is None else total.double()
+            with named("broadcast", self._stages[-1]._module._state.communicator, "the loss"):
+                dist.broadcast(total, mesh.ranks[0], self._group)
         return None if total is None else total[0]
 
     def _own_targets(self, target: Any, count: int) -> list[Any]:
@@ -151,7 +165,7 @@ class Synchronous:
             a, b = balanced_pieces(batch, mesh.size)[mesh.ranks.index(self._rank)]
 
         def part(t: Any, m: int) -> Any:
-            return t[m * batch + a : m * batch + b].to(self._device) if isinstance(t, torch.Tensor) and t.dim() else t
+            return t[m * batch + a : m * batch + b].to(self.device) if isinstance(t, torch.Tensor) and t.dim() else t
 
         return [tree_map(lambda t, m=m: part(t, m), target) for m in range(count)]
 
@@ -167,7 +181,7 @@ class Synchronous:
                 f"{size} samples do not divide into micro-batches of {batch}, and modules in training mode look at "
                 "whole micro-batches; call eval() first, or pass a multiple"
             )
-        last = self._all[-1]
+        last = self._now[-1]
         if missing and any(samples_of(last.layers[i].output) is None for i in last.ids(Output)):
             raise MismatchError(
                 f"{size} samples do not divide into micro-batches of {batch}, and an output of the model has none: "
@@ -188,7 +202,7 @@ class Synchronous:
 
     def _merged(self, chunks: list[tuple[Any, ...]], size: int) -> Any:
         """Return the whole output, of this rank's part for every micro-batch."""
-        layers = iter(self._all[-1].ids(Output))
+        layers = iter(self._now[-1].ids(Output))
         leaves = [
             self._joined(next(layers), parts, size) if isinstance(parts[0], torch.Tensor) else parts[0]
             for parts in zip(*chunks, strict=True)
@@ -198,7 +212,7 @@ class Synchronous:
     def _joined(self, layer: LayerId, parts: Sequence[torch.Tensor], size: int) -> torch.Tensor:
         """Return one of the outputs, without samples that were filled up; the mean of one that has none."""
         assert self._sizes is not None
-        last, batch = self._all[-1], self._sizes[0]
+        last, batch = self._now[-1], self._sizes[0]
         layout, samples = last.layout(layer, batch), samples_of(last.layers[layer].output)
         regions = [layout.region(p) for p in range(layout.mesh.size)]
         whole = [self._gathered(part, regions, layout.shape) for part in parts]
@@ -213,13 +227,19 @@ class Synchronous:
         communicator = self._stages[-1]._module._state.communicator
         counts = [region.volume for region in regions]
         axes = tuple(range(len(communicator.mesh.axes)))
-        got = communicator.all_gather(part.contiguous().view(-1), counts, axes).split(counts)
+        with named(StepKind.ALL_GATHER, communicator, "the output"):
+            got = communicator.all_gather(part.contiguous().view(-1), counts, axes).split(counts)
         whole, frame = part.new_empty(shape), Region((0,) * len(shape), shape)
         for region, numbers in zip(regions, got, strict=True):
             whole[region.slices_in(frame)] = numbers.view(region.shape)
         return whole
 
     # ---- both
+
+    @property
+    def _now(self) -> Sequence[StagePlan]:
+        """All stages in the mode of this moment."""
+        return self._all if self._stages[0]._module.training else self._evaluated
 
     def _size_of(self, passed: Iterable[Any]) -> int:
         """Return how many samples a batch has."""
@@ -239,16 +259,16 @@ class Synchronous:
                 f"micro-batches of {batch} samples leave a rank without any; the plan needs at least {self._smallest} "
                 f"({self._smallest * self._plan.schedule.num_microbatches} for a batch)"
             )
-        kind = self._device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._dtype
-        if self._sizes == (batch, dtype):
+        stages = self._now
+        types = stages[0].casting.types(self.device.type, self.dtype)
+        if self._sizes == (batch, (stages is self._all, types)):
             return
-        self._sizes = batch, dtype
+        self._sizes = batch, (stages is self._all, types)
         for stage in self._stages:
             index = stage.stage_index
             stage._module.samples = batch
-            stage.receives = () if stage.is_first else receives(self._all, index, self._rank, batch, dtype)
-            stage.sends = () if stage.is_last else sends(self._all, index, self._rank, batch, dtype)
+            stage.receives = () if stage.is_first else receives(stages, index, self._rank, batch, types)
+            stage.sends = () if stage.is_last else sends(stages, index, self._rank, batch, types)
 
     def _fed(
         self, inputs: Sequence[Any], keywords: Mapping[str, Any], count: int
@@ -258,7 +278,7 @@ class Synchronous:
         if not first.is_first:
             return [()] * count, [{}] * count
         assert self._sizes is not None
-        stage, batch = self._all[0], self._sizes[0]
+        stage, batch = self._now[0], self._sizes[0]
         known = list(map(str, stage.ids(Input)))
         if unknown := sorted(set(keywords) - set(known)):
             raise UsageError(f"the model has the inputs {known}, and none of the name {', '.join(unknown)}")
@@ -273,7 +293,7 @@ class Synchronous:
             region = next(stage.layout(i, batch) for i in stage.ids(Input) if i == name).region(position)
             own = x.detach()[m * batch : (m + 1) * batch] if region.shape else x
             frame = Region((0,) * own.dim(), tuple(own.shape))
-            return own[region.slices_in(frame)].to(self._device)
+            return own[region.slices_in(frame)].to(self.device)
 
         args = [tuple(part(n, x, m) for n, x in zip(names, inputs, strict=True)) for m in range(count)]
         return args, [{n: part(n, x, m) for n, x in keywords.items()} for m in range(count)]

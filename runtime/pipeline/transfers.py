@@ -13,12 +13,16 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from planner.errors import RunError
+from runtime.comm.failures import peer_failed
 from runtime.comm.staging import on_host
 from runtime.pipeline.build import Copy
 
 MANY_SENT: Final = 64
-"""Messages under way above which those that have arrived are looked for."""
+"""Messages under way, and so tensors that are kept, above which the oldest is waited for.
+
+What was sent is read in the order in which it was sent, by a rank that needs nothing later for that, so nobody waits in
+a circle. Gloo does not tell before it is waited for whether a message has gone.
+"""
 
 
 @dataclass
@@ -51,7 +55,7 @@ def finish(work: dist.Work, what: str) -> None:
     try:
         work.wait()
     except RuntimeError as error:  # torch's own errors of backends
-        raise RunError(f"{what} failed: {error}. A peer died or hangs; see its own message.") from error
+        raise peer_failed(dist.get_rank(), what, error) from error
 
 
 class Post:
@@ -84,14 +88,13 @@ class Post:
             if peer == self._rank:
                 self._own.append(piece)
                 continue
-            label = f"rank {self._rank}: sending {what} to rank {peer}"
+            label = f"sending {what} to rank {peer}"
             message = on_host(piece) if self._through_host else piece
             with _named(label):
                 work = dist.isend(message, group=self._group, group_dst=dist.get_group_rank(self._group, peer))
             if work is not None:
                 self._sent.append((work, label))
-        while len(self._sent) > MANY_SENT and self._sent[0][0].is_completed():
-            finish(*self._sent.popleft())
+        self.flush(num_left=MANY_SENT)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, copies: Sequence[Copy], what: str) -> Arrival:
         """Start receiving a tensor; arguments as of ``send``. What this rank sends itself must have been sent before.
@@ -107,7 +110,7 @@ class Post:
                 continue
             is_direct = place.is_contiguous() and not self._through_host
             message = place if is_direct else torch.empty(place.shape, dtype=dtype, device=self._message_device)
-            label = f"rank {self._rank}: receiving {what} from rank {peer}"
+            label = f"receiving {what} from rank {peer}"
             with _named(label):
                 work = dist.irecv(message, group=self._group, group_src=dist.get_group_rank(self._group, peer))
             found.waiting.append((work, _nothing if is_direct else _copying(message, place), label))
@@ -138,7 +141,7 @@ class _named:  # noqa: N801  # a context manager
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError):
-            raise RunError(f"{self._what} failed: {error}. A peer died; see its own message.") from error
+            raise peer_failed(dist.get_rank(), self._what, error) from error
 
 
 def _nothing() -> None:

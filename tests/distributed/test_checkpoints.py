@@ -30,7 +30,7 @@ def test_saved_by_two_ranks_loaded_by_four_and_by_one(tmp_path: Path) -> None:
     first, second = ranks_of("save_part", before, tmp_path)
     for found in (first, second):
         assert (found["step"], found["changed"]) == (6, True)
-        assert found["files"] == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+        assert found["files"] == [".checksums", ".metadata", "__0_0.distcp", "__1_0.distcp"]
         assert found["no folder"].startswith(f"RunError: saving {tmp_path / 'file' / 'c'} failed: rank 0: NotADirector")
         assert found["one rank"] == f"RunError: saving {tmp_path / 'a'} failed: rank 1: OSError: no space left"
     assert first["extra"] == f"RunError: saving {tmp_path / 'd'} failed on rank 1; its message says why"

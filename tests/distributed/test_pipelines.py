@@ -21,16 +21,21 @@ CASES: dict[int, list[Case]] = {
         Case("skips", ((1,), (1,)), "zero-bubble", 4, cuts=4, frozen=("stem", "norm")),
         Case("resnet8", ((1,), (1,)), "1f1b", 2, recompute=True),
         Case("unet", ((2,),), "interleaved", 2, cuts=2, seed=3),
+        Case("resnet8", ((2,),), "interleaved", 2, cuts=2, sharding="optimizer"),
+        Case("asks", ((1,), (1,)), "1f1b", 4, cuts=("late",)),
     ],
     3: [
         Case("unet", ((1,), (2,)), "gpipe", 4, seed=1),
         Case("skips", ((2,), (1,)), "zero-bubble", 2, seed=2),
         Case("resnet8", ((1,), (1,), (1,)), "zero-bubble", 4, cuts=3, recompute=True),
+        Case("unet", ((1,), (2,)), "1f1b", 4, sharding="full"),
+        Case("asks", ((2,), (1,)), "gpipe", 2, cuts=("late",), seed=1),
     ],
     4: [
         Case("resnet8", ((2,), (2,)), "1f1b", 1, seed=None),
         Case("unet", ((2,), (2,)), "zero-bubble", 2, seed=4),
         Case("skips", ((2,), (2,)), "interleaved", 4, cuts=4, seed=None),
+        Case("skips", ((2,), (2,)), "gpipe", 2, recompute=True, sharding="full"),
     ],
 }
 
@@ -61,6 +66,11 @@ def test_two_stages_their_checkpoints_and_errors(tmp_path: Path) -> None:
         assert resumed["names"] == [True, True]
         assert resumed["resumed"] == [1, {"rank": 0}]
         assert resumed["wrong"] == "MismatchError: the state is of SGD, the optimizer is Adam"
+        assert [each["worst"] for each in found["scaled"]] == [{}, {}]
+        assert [each["scales"] for each in found["scaled"]] == [[64.0, 32.0, 32.0]] * 2
+        assert found["autocast"]["worst"] < 1e-6
+        assert found["autocast"]["float32"] > 0
+        assert found["copied"] == dict.fromkeys(found["copied"], True)
         odd, mixed, training, called, stale, count = found["misused"]
         assert odd.startswith("MismatchError: a batch of 7 samples does not divide into 2 micro-batches")
         assert mixed.startswith("MismatchError: inputs and targets have [7, 8] samples")
@@ -68,6 +78,7 @@ def test_two_stages_their_checkpoints_and_errors(tmp_path: Path) -> None:
         assert called.startswith("UsageError: a pipeline has no forward()")
         assert stale.startswith("UsageError: with schedule 'stale' the optimizer steps in every cycle")
         assert count.startswith("UsageError: the plan is for 3 ranks, but 2 are running")
+    assert [found["scaled"][1]["count"] for found in ranks] == [2, 0]
     build(CHECKPOINTED).load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     hung = ranks[0]["hung"]
     assert hung.startswith("RunError: rank 0: receiving the gradient of ")

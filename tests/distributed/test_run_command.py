@@ -12,6 +12,7 @@ import pytest
 from planner.plan import Plan
 from planner.plan.measured import read_measured
 from planner.plan.measured_stages import MeasuredPipeline
+from planner.report.tracks import COMPUTE, SYNC
 from support.command_line import ROOT, layerwise
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -82,8 +83,16 @@ def test_it_measures_every_layer_and_holds_step_layers_and_parts_against_the_pre
     assert parts_s == pytest.approx(found.instrumented_step_s)
     trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
     spans = [e for e in trace if e["ph"] == "X" and e["pid"] == found.rank]
-    in_turn = [e for e in spans if not e["cat"].startswith("reduction")]  # reductions run beside the rest
+    in_turn = [e for e in spans if e["cat"] != SYNC]  # reductions run beside the rest
     assert sum(e["dur"] for e in in_turn) == pytest.approx(found.instrumented_steps_s[-1] * 1e6)
+    both = layerwise("trace", "plan.json", "--beside", "trace.json", "-o", "both.json")
+    assert both.code == 0, both.err
+    assert "another plan" not in both.err
+    joined = json.loads((folder / "both.json").read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in joined if e["name"] == "process_name"}
+    assert names == {0: "predicted, every rank", 1: "measured, rank 0", 2: "measured, rank 1"}
+    predicted, measured = ({e["name"] for e in joined if e.get("cat") == COMPUTE and e["pid"] == p} for p in (0, 1))
+    assert predicted <= measured
     calibrated = layerwise("calibrate", "plan.json", "--measured", "run.json", "-o", "profile.json")
     assert calibrated.code == 0, calibrated.err
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.launch import run_local
+from runtime.pipeline.transfers import MANY_SENT
 
 pytestmark = pytest.mark.dist
 
@@ -35,6 +36,7 @@ def test_every_cycle_and_every_checkpoint_is_that_of_the_definition_in_constant_
         assert [found["bare"] for found in everyone] == [
             {"weights": True, "has none": False, "momentum": True}, {"weights": True, "has none": True}
         ]  # fmt: skip
+        assert [found["under way"] for found in everyone] == [MANY_SENT, 0]
     for found in everyone:
         assert max(found["off"].values()) < 1e-12
         for middle, end in found["bytes"].values():
@@ -56,5 +58,5 @@ def test_a_stage_that_hangs_or_dies_is_an_error_on_every_rank(tmp_path: Path) ->
             message, seconds = found[rank][kind]
             assert seconds < limit_s
             assert f"rank {rank}: " in message
-            assert "A peer died" in message
+            assert "If a peer died" in message
             assert f"rank {rank + 1}" in message

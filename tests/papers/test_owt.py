@@ -5,8 +5,9 @@ import pytest
 from planner.cost.accounting import received_elements
 from planner.ir.layout import BALANCED, Layout, Whole
 from planner.ir.mesh import Mesh
+from planner.ir.turns import Scheme
 from planner.reproduce.owt import BATCH, SCHEMES, WORKERS, example_s, scheme_volumes
-from planner.reproduce.owt_schemes import Scheme, passes, volumes
+from planner.reproduce.owt_schemes import passes, volumes
 from planner.reproduce.traced import layer_graph
 
 FLOATS, FILTERS = 256 * 6 * 6, (64, 192, 384, 384, 256)

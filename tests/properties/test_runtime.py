@@ -6,13 +6,16 @@ A failing case is shrunk to the operators, sizes and splits that matter, and pri
 
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
+from planner.api import Planner
+from planner.plan import Plan
 from support.random_networks import BLOCKS, HEADS, LOSSES, Recipe
-from support.random_plans import on_threads, planner_for, random_plan, reference
+from support.random_plans import Pick, on_threads, planner_for, random_plan, reference, unequal_plan
 
 EXAMPLES = 600 if os.environ.get("LAYERWISE_FULL") else 50
 
@@ -33,20 +36,33 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )  # fmt: skip
 
 
-@settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=list(HealthCheck),
-    phases=(Phase.reuse, Phase.generate, Phase.shrink),
-)
-@given(data=st.data(), recipe=recipes())
-def test_random_networks_under_random_plans_equal_one_device(data: st.DataObject, recipe: Recipe) -> None:
-    num_ranks = data.draw(st.sampled_from([2, 3, 4, 8]))
+def assert_equals_one_device(
+    data: st.DataObject, recipe: Recipe, made: Callable[[Planner, Pick], Plan], ranks: Sequence[int]
+) -> None:
+    num_ranks = data.draw(st.sampled_from(ranks))
     io = data.draw(st.sampled_from(IO))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # padding="same" of even kernels is slow, torch says
         expected = reference(recipe)
-        plan = random_plan(planner_for(recipe, num_ranks, io), lambda n: data.draw(st.integers(0, n - 1)))
+        plan = made(planner_for(recipe, num_ranks, io), lambda n: data.draw(st.integers(0, n - 1)))
         event(f"{num_ranks} ranks, {plan.io}")
         note(f"Recipe.from_json({recipe.to_json()!r})")
         note(f"Plan.from_json({plan.model_dump_json()!r})")
         assert on_threads(recipe, plan, expected) == []
+
+
+WITH_SHRINKING = settings(
+    suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate, Phase.shrink)
+)  # fmt: skip
+
+
+@settings(WITH_SHRINKING, max_examples=EXAMPLES)
+@given(data=st.data(), recipe=recipes())
+def test_random_networks_under_random_plans_equal_one_device(data: st.DataObject, recipe: Recipe) -> None:
+    assert_equals_one_device(data, recipe, random_plan, (2, 3, 4, 8))
+
+
+@settings(WITH_SHRINKING, max_examples=EXAMPLES // 2)
+@given(data=st.data(), recipe=recipes())
+def test_pieces_in_shares_and_idle_ranks_equal_one_device(data: st.DataObject, recipe: Recipe) -> None:
+    assert_equals_one_device(data, recipe, unequal_plan, (2, 3, 4, 6))

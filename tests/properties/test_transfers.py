@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from planner.ir.halo import Window
 from planner.ir.layout import BALANCED, CHUNK, Cut, CutRule, Layout, Placement, Whole
 from planner.ir.mesh import Mesh
+from planner.ir.recompute import follows
 from planner.ir.transfer import StepKind, steps, transfers
 from support import interpreter
 from support import layouts as some
@@ -38,6 +39,25 @@ def window_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
     target = Layout(shape, mesh, need, (BALANCED, Cut(CutRule.BALANCED, window=window)))
     outputs = Layout((3, window.out_size), mesh, need, (BALANCED, BALANCED))
     assume(not any(layout.has_empty_piece() for layout in (source, target, outputs)))
+    return source, target
+
+
+@st.composite
+def tile_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
+    """Tiles that hold what two windows need, and what one of them, or a reader of the pieces themselves, needs."""
+    mesh, rows = draw(some.meshes()), draw(st.integers(2, 16))
+    needed: list[Placement] = [0, 1, EQUAL, SHARED]
+    held: list[Placement] = [0, EQUAL, PARTIAL]
+    need = tuple(draw(st.sampled_from(needed)) for _ in mesh.axes)
+    have = tuple(1 if p == 1 else draw(st.sampled_from(held)) for p in need)
+    cuts = [BALANCED, *(Cut(window=draw(some.windows(rows))) for _ in range(2))]
+    divided = [Layout((3, rows), mesh, need, (BALANCED, cut)) for cut in cuts]
+    assume(not any(layout.has_empty_piece() for layout in divided))
+    tiles = tuple((min(a for a, _ in each), max(b for _, b in each)) for each in
+                  zip(*(layout.pieces(1) for layout in divided[draw(st.integers(0, 1)):]), strict=True))  # fmt: skip
+    source = Layout((3, rows), mesh, have, (BALANCED, Cut(tiles=tiles)))
+    target = draw(st.sampled_from(divided))
+    assume(not source.has_empty_piece() and follows(source, target))
     return source, target
 
 
@@ -83,6 +103,21 @@ def test_gradients_of_halos_are_added_and_rows_that_nobody_read_get_none(
     pair: tuple[Layout, Layout],
 ) -> None:
     assert_adjoint(*pair)
+
+
+@given(tile_pairs())
+def test_tiles_that_overlap_give_their_readers_all_without_an_exchange(pair: tuple[Layout, Layout]) -> None:
+    assert_moves(*pair)
+
+
+@given(tile_pairs())
+def test_gradients_of_tiles_stay_the_addends_of_their_ranks(pair: tuple[Layout, Layout]) -> None:
+    assert_adjoint(*pair)
+
+
+@given(window_pairs())
+def test_a_gradient_of_a_gradient_is_cut_as_the_tensor(pair: tuple[Layout, Layout]) -> None:
+    assert all(layout.gradient.gradient == layout for layout in pair)
 
 
 def test_rows_that_a_window_skips_come_back_as_zeros() -> None:
@@ -160,7 +195,8 @@ def test_an_exchange_is_there_only_where_some_rank_misses_something(
     pair: tuple[Layout, Layout],
 ) -> None:
     communicates = any(s.kind.communicates for s in steps(*pair))
-    assert communicates == any(t.source != t.target for t in transfers(*pair))
+    misses = any(t.source != t.target for t in transfers(*pair))
+    assert communicates == misses or (communicates and any(layout.has_idle for layout in pair))
 
 
 AXIS = Mesh.of(gpu=4)

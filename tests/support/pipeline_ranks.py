@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import runtime
 from planner.errors import LayerwiseError
 from planner.models.resnet import cifar_resnet
 from planner.models.unet import unet
@@ -56,10 +57,27 @@ class Skips(nn.Module):
         return out
 
 
+class Asks(nn.Module):
+    """A second head in training, as Inception has it, and a scaled output in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.early, self.late = nn.Linear(6, CLASSES), nn.Conv2d(6, 8, 3, padding=1)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = torch.relu(self.norm(self.stem(x)))
+        early = self.early(x.mean((2, 3))) if self.training else None
+        out = self.head(torch.relu(self.late(x)).mean((2, 3)))
+        return out * 2 if early is None else (out, early)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet8": (lambda: cifar_resnet(8, width=0.5), (3, 8, 8)),
     "unet": (lambda: unet(width=0.0625, num_classes=CLASSES), (1, 16, 16)),
     "skips": (Skips, (3, 6, 6)),
+    "asks": (Asks, (3, 6, 6)),
 }
 
 
@@ -79,6 +97,7 @@ class Case:
     seed: int | None = None
     frozen: tuple[str, ...] = ()
     recompute: bool = False
+    sharding: str = "none"
 
     def plan(self) -> Plan:
         """Return the plan."""
@@ -86,9 +105,8 @@ class Case:
         found = staged_plan(
             build(self), NETS[self.net][1], self.batch, self.num_microbatches, cuts, self.meshes, self.kind, self.seed
         )
-        if not self.recompute:
-            return found
-        return found.model_copy(update={"stages": [s.model_copy(update={"recompute": True}) for s in found.stages]})
+        changes = {"recompute": self.recompute, "parameter_sharding": self.sharding}
+        return found.model_copy(update={"stages": [s.model_copy(update=changes) for s in found.stages]})
 
 
 def build(case: Case) -> nn.Module:
@@ -108,8 +126,10 @@ def data(case: Case, step: int, size: int | None = None) -> tuple[torch.Tensor, 
     return x, torch.randint(0, CLASSES, (count,), generator=generator)
 
 
-def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean loss."""
+def loss_of(output: Any, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss, of several outputs the sum of theirs."""
+    if isinstance(output, tuple):
+        return sum((loss_of(each, target) for each in output), torch.zeros(()))
     return functional.cross_entropy(output.flatten(2).mean(2) if output.dim() > 2 else output, target)
 
 
@@ -208,6 +228,9 @@ def check_all(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         "cases": check(argument["cases"], process),
         "checkpoint": checkpoint_there_and_back(argument["folder"], process),
         "misused": misused(),
+        "scaled": scaled(),
+        "autocast": under_autocast(),
+        "copied": copied_and_converted(),
         "hung": lose_a_stage({"how": "hang", "timeout_s": 2.0, "folder": argument["folder"]}, process),
     }
 
@@ -325,6 +348,109 @@ def lose_a_stage(argument: dict[str, Any], process: Process) -> str:
     stepped(net, optimizer, case, 0)
     found = error_of(lambda: stepped(net, optimizer, case, 1))
     Path(argument["folder"], str(process.rank)).write_text(found)
+    return found
+
+
+class Bare(nn.Module):
+    """A network whose last stage has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = functional.relu(self.conv(x)).mean((2, 3))
+        return out
+
+
+class Mixed(nn.Module):
+    """Under autocast a product with a parameter is float32, and crosses so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.scale, self.head = nn.Parameter(torch.rand(6, 1, 1) + 0.5), nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.first(x)) * self.scale
+        out: torch.Tensor = self.head((torch.relu(self.late(y)) + y).mean((2, 3)))
+        return out
+
+
+NETS |= {"bare": (Bare, (3, 6, 6)), "mixed": (Mixed, (3, 6, 6))}
+SCALED = Case("resnet8", ((1,), (1,)), "1f1b", 2), Case("bare", ((1,), (1,)), "1f1b", 2, cuts=("mean",))
+
+
+def scaled() -> list[dict[str, Any]]:
+    """Train with a scaler, whose second step overflows in the first stage; compare with one device."""
+    found = []
+    for case in SCALED:
+        net = pipelined(build(case), case.plan(), loss_of)
+        parameters = list(net.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9) if parameters else None
+        scaler = runtime.GradScaler(net, init_scale=2.0**6)
+        scales = []
+        for step in range(STEPS):
+            if optimizer is not None:
+                optimizer.zero_grad()
+            x, target = data(case, 0 if step < 2 else 1)
+            net.step(x, target=target, scale=scaler.scale)
+            if step == 1 and net.held_stages[0].stage.index == 0:
+                grads = [p.grad for p in parameters if p.grad is not None]
+                grads[0].view(-1)[0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        whole = one_device_steps(case, 2)[0].state_dict()
+        trained = {name for name, _ in build(case).named_parameters()}
+        worst = {n: relative(t, whole[n], 1.0) for n, t in net.state_dict().items() if n in trained}
+        found.append({"worst": {n: v for n, v in worst.items() if not v < 1e-9}, "scales": scales, "count": len(worst)})
+    return found
+
+
+def under_autocast() -> dict[str, float]:
+    """Train in bf16 where float32 crosses the stages; return by how much gradients differ from one device's."""
+    case = Case("mixed", ((1,), (1,)), "1f1b", 2, cuts=("late",))
+    plan = staged_plan(build(case).float(), NETS[case.net][1], case.batch, 2, list(case.cuts), case.meshes, case.kind)  # type: ignore[arg-type]
+    net, whole = pipelined(build(case).float(), plan, loss_of), build(case).float()
+    x, target = data(case, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.step(x.float(), target=target)
+        for a, b in zip(x.float().chunk(2), target.chunk(2), strict=True):
+            loss = loss_of(whole(a), b) / 2
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+    expected = dict(whole.named_parameters())
+    worst = {n: relative(p.grad, expected[n].grad, 1e-3) for n, p in net.named_parameters() if p.grad is not None}  # type: ignore[arg-type]
+    ports = [port for stage in net._steps._stages for port in (*stage.receives, *stage.sends)]
+    return {"worst": max(worst.values()), "float32": float(sum(port.dtype is torch.float32 for port in ports))}
+
+
+def copied_and_converted() -> dict[str, bool]:
+    """Average a pipeline's weights in a copy, and convert it to float32 and back."""
+    case = CHECKPOINTED
+    net = pipelined(build(case), case.plan(), loss_of)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    stepped(net, optimizer_of(net), case, 0)
+    x, target = data(case, 9)
+    copied: Any = average.module
+    found = {"own": all(torch.equal(t, before[n]) for n, t in copied.state_dict().items())}
+    average.update_parameters(net)
+    pairs = zip(copied.parameters(), net.parameters(), strict=True)
+    found["averaged"] = all(torch.equal(a, b) for a, b in pairs)
+    for each in (net, copied):
+        for module in each.held_stages:
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before[name])
+        each.eval()
+    outputs = net.evaluate(x), copied.evaluate(x)
+    found["same output"] = outputs[0] is None or torch.equal(*outputs)
+    net.train().to(torch.float32)
+    loss = net.step(x.float(), target=target)
+    found["converted"] = loss is None or loss.dtype is torch.float32
+    found["gradients"] = all(p.grad.dtype is torch.float32 for p in net.parameters() if p.grad is not None)
+    found["refused"] = "stays on the device" in error_of(lambda: net.to("meta"))
     return found
 
 

@@ -31,6 +31,7 @@ from runtime.pipeline.build import (
     sends,
     stage_module,
 )
+from runtime.types import ElementTypes
 from support.plans import document, plan_of
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ class Stages:
             self.on_ranks(s, back)
 
     def _ports(self, which: Callable[..., tuple[Port, ...]], s: int, rank: int, batch: int) -> tuple[Port, ...]:
-        return which(self.parts, s, rank, batch, torch.float64)
+        return which(self.parts, s, rank, batch, ElementTypes(torch.float64))
 
     def _arrived(self, s: int, batch: int) -> Held:
         """Return what every rank of a stage receives."""

@@ -16,6 +16,7 @@ def document() -> Json:
             "name": "net", "source": "nets.py:net", "arguments": {"width": 0.5, "bias": True},
             "graph_sha256": "a" * 64, "num_params": 650,
             "inputs": [{"name": "input", "shape": [8, 64], "dtype": "float32", "keyword": False}],
+            "changes": [],
         },
         "batch": 8, "precision": "fp32", "optimizer": "momentum", "io": "per-rank",
         "sync_batch_norm": True, "bucket_bytes": 2**20,
@@ -40,7 +41,7 @@ def document() -> Json:
         ],
         "search": {"solver": "auto", "status": "feasible", "lower_bound_s": 0.003, "gap": 0.25,
                    "num_strategies": "144", "memory_limit_bytes": 4 * 2**20,
-                   "constraints": [{"kind": "pin", "text": "fc*=out_channel"}]},
+                   "constraints": [{"kind": "pin", "text": "fc*=out_channel"}], "branches": None},
         "provenance": {"profile_sha256": "c" * 64, "versions": {"layerwise": "0.1.0"},
                        "command": "layerwise plan nets.py:net --cluster 2xa100-nvlink",
                        "utc": "2030-01-01T00:00:00Z"},
@@ -51,7 +52,16 @@ def layer(name: str, op: str, dimension: str, compute_s: float) -> Json:
     """Return a layer of ``document``."""
     figures = ("compute_s", "transfer_s", "halo_s", "sync_s", "exposed_s")
     cost = dict.fromkeys(figures, 0.0) | {"compute_s": compute_s}
-    return {"id": name, "op": op, "split": {"gpu": dimension}, "overlap": False, "cost": cost, "memory_bytes": 2**20}
+    return {
+        "id": name,
+        "op": op,
+        "split": {"gpu": dimension},
+        "shares": {},
+        "overlap": False,
+        "halo": "exchange",
+        "cost": cost,
+        "memory_bytes": 2**20,
+    }
 
 
 def plan_of(found: Json) -> Plan:

@@ -11,8 +11,10 @@ import torch
 from planner.api import Options, Origin, Planner, machine_of, prepare
 from planner.frontend.lower import TracedModel
 from planner.ir.dimension import Dimension
+from planner.ir.graph import is_pinned, tied_layers
 from planner.ir.mesh import Mesh
-from planner.ir.rules import InputOutput
+from planner.ir.recompute import all_recomputing
+from planner.ir.rules import InputOutput, is_io_legal, is_legal
 from planner.ir.split import LayerId, Split
 from planner.plan import Plan
 from runtime.data import own_samples
@@ -102,6 +104,43 @@ def random_plan(planner: Planner, pick: Pick) -> Plan:
     return plan_with(planner, mesh, space.io, dict(zip((x.id for x in graph.layers), chosen, strict=True)), pick)
 
 
+def unequal_plan(planner: Planner, pick: Pick) -> Plan:
+    """Return ``random_plan`` where many layers have shares, and many run on one coordinate of an axis."""
+    plan = random_plan(planner, pick)
+    mesh, graph, io = plan.mesh, planner.traced.layers, InputOutput(plan.io)
+    strategy, leaders = dict(plan.strategy), tied_layers(planner.traced.layers)
+    ends = {axis.name: tuple(1 + pick(3) for _ in range(axis.size)) for axis in mesh.axes if pick(3)}
+    for i, layer in enumerate(graph.layers):
+        split = strategy[layer.id]
+        if leaders[i] != i:
+            strategy[layer.id] = strategy[graph.layers[leaders[i]].id]
+        elif is_pinned(layer.op):
+            wanted = split.with_shares(ends)
+            strategy[layer.id] = wanted if is_io_legal(layer, mesh, io, wanted) else split
+        else:
+            members = [graph.layers[k] for k, leader in enumerate(leaders) if leader == i]
+            for wanted in (_unequal(split, mesh, pick), _unequal(split, mesh, pick)):
+                if all(is_legal(each, graph, mesh, wanted) for each in members):
+                    strategy[layer.id] = wanted
+                    break
+    return plan_with(planner, mesh, io, strategy, pick)
+
+
+def _unequal(split: Split, mesh: Mesh, pick: Pick) -> Split:
+    """Return a split with random shares; an axis may come to hold the layer on one coordinate."""
+    axes, shares = [], {}
+    for axis, (name, dimension) in zip(mesh.axes, split.axes, strict=True):
+        if not pick(3):
+            holder = pick(axis.size)
+            shares[name] = tuple(int(c == holder) for c in range(axis.size))
+            axes.append((name, Dimension.REPLICATE))
+        else:
+            axes.append((name, dimension))
+            if dimension is not Dimension.REPLICATE and pick(4):
+                shares[name] = tuple(1 + pick(3) for _ in range(axis.size))
+    return Split(tuple(axes), tuple(shares.items()))
+
+
 def plan_with(planner: Planner, mesh: Mesh, io: InputOutput, strategy: Mapping[LayerId, Split], pick: Pick) -> Plan:
     """Return the plan of a strategy, with made-up figures."""
     graph = planner.traced.layers
@@ -112,6 +151,7 @@ def plan_with(planner: Planner, mesh: Mesh, io: InputOutput, strategy: Mapping[L
             "id": x.id,
             "op": x.op.kind,
             "split": dict(strategy[x.id].axes),
+            "shares": {axis: list(own) for axis, own in strategy[x.id].shares},
             "cost": cost,
             "memory_bytes": 1,
             "overlap": x.op.kind == "conv" and pick(2) == 1,
@@ -128,7 +168,8 @@ def plan_with(planner: Planner, mesh: Mesh, io: InputOutput, strategy: Mapping[L
     found["stages"] = [{"mesh": {"axes": axes, "ranks": list(range(mesh.size))}, "layers": layers}]
     found |= {"batch": graph.batch, "io": io.value, "bucket_bytes": (2**20, 64, 4096)[pick(3)]}
     found["cluster"]["num_devices"] = mesh.size
-    return Plan.from_json(json.dumps(found))
+    able = sorted(all_recomputing(graph, mesh, strategy))
+    return Plan.from_json(json.dumps(found)).with_recomputing({layer for layer in able if pick(2) == 1})
 
 
 def differences(
@@ -148,7 +189,8 @@ def differences(
         assert set(mine_of) == set(wholes), set(mine_of) ^ set(wholes)
         for name, whole in wholes.items():
             own = whole[parts[name]] if name in parts else whole
-            yield f"{kind} {name}", relative(mine_of[name], own, _scale(whole, list(wholes.values())))
+            scale = _scale(whole, list(wholes.values()))
+            yield f"{kind} {name}", relative(mine_of[name], own, scale) if own.numel() else float(mine_of[name].numel())
 
 
 def _scale(whole: torch.Tensor, all_of_a_kind: list[torch.Tensor]) -> float:

@@ -26,6 +26,7 @@ from runtime.launch import Process
 from runtime.pipeline.build import Copy, Port
 from runtime.pipeline.cycles import CyclePipeline, PortLink
 from runtime.pipeline.stale import CycleStage, StalePipeline
+from runtime.pipeline.transfers import MANY_SENT, Post
 from support.loops import piece
 from support.pipeline_ranks import Skips, error_of
 from support.pipelines import Stages, staged_plan
@@ -49,6 +50,7 @@ def check(argument: dict[str, Any], process: Process) -> dict[str, Any]:
         "planned": [planned(**case) for case in argument["plans"]],
         "bare": saved_without_parameters(argument["folder"] + "bare") if process.world_size == 2 else None,
         "resumed": resumed(argument["folder"], **argument["resumed"]),
+        "under way": most_under_way(process.rank, group) if process.world_size == 2 else None,
     }
 
 
@@ -128,6 +130,22 @@ def long_run(rank: int, num_ranks: int, group: dist.ProcessGroup) -> dict[str, l
     return found
 
 
+def most_under_way(rank: int, group: dist.ProcessGroup) -> int:
+    """Send far more messages than may be under way; return the most that were, or received ones that differ."""
+    post, count = Post(group, CPU), 2 * MANY_SENT
+    whole = Region((0,), (1,))
+    copies = (Copy(1 - rank, whole.slices_in(whole), whole),)
+    if rank == 0:
+        most = 0
+        for k in range(count):
+            post.send(torch.tensor([float(k)]), copies, "a number")
+            most = max(most, len(post._sent))
+        post.flush()
+        return most
+    arrivals = [post.receive((1,), torch.float32, copies, "a number") for _ in range(count)]
+    return sum(float(arrival.wait()) != k for k, arrival in enumerate(arrivals))
+
+
 # ---- stages of several ranks
 
 
@@ -159,7 +177,8 @@ def resumed(
     first.drain()
     checkpoint.save(first, first.optimizer, folder, step=first.num_steps)
     second = over_ranks(onto, kind, pipelined, blank=True)
-    second.num_steps = checkpoint.load(second, second.optimizer, folder).step
+    checkpoint.load(second, second.optimizer, folder)
+    assert second.num_steps == saved
     losses = second.run(data[saved:])
     worst = furthest_of(second, alone)
     if losses:

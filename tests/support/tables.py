@@ -69,15 +69,45 @@ def linear_table(widths: tuple[int, ...], machine_name: str, *, loaded: bool = F
     return table_of(layers, machine_name, loaded=loaded)
 
 
+def forked_table(
+    branches: tuple[tuple[int, ...], ...], machine_name: str, *, stem: int = 64, speeds: tuple[float, ...] = ()
+) -> CostTable:
+    """Return the costs of branches of linear layers of these widths between a stem and a sum; all end equally wide."""
+    x = Layer(LayerId("input"), Input(), (), TensorSpec((BATCH, stem)))
+    layers = [x, _linear("stem", x, stem)]
+    fork = Layer(LayerId("stem:shared"), Redistribute(), (layers[-1].id,), layers[-1].output)
+    layers.append(fork)
+    ends = []
+    for b, widths in enumerate(branches):
+        before = fork
+        for i, width in enumerate(widths):
+            before = _linear(f"b{b}.{i}", before, width)
+            layers.append(before)
+        ends.append(before)
+    joined = Layer(LayerId("sum"), Elementwise("add"), tuple(end.id for end in ends), ends[0].output)
+    layers += [joined, Layer(LayerId("output"), Output(), (joined.id,), joined.output)]
+    return table_of(layers, machine_name, speeds=speeds)
+
+
+def _linear(name: str, read: Layer, width: int) -> Layer:
+    inside = read.output.shape[1]
+    weight = Parameter(f"{name}.weight", TensorSpec((width, inside)), 0, 1, role="weight")
+    return Layer(LayerId(name), Linear(inside, width), (read.id,), TensorSpec((BATCH, width)), (weight,))
+
+
 def table_of(
     layers: list[Layer],
     machine_name: str,
     *,
     loaded: bool = False,
     sharding: ParameterSharding = ParameterSharding.NONE,
+    speeds: tuple[float, ...] = (),
 ) -> CostTable:
-    """Return the costs of these layers on the whole levels of a machine with quick devices."""
+    """Return the costs of these layers on the whole levels of a machine with quick devices, of these speeds."""
     machine = cluster(machine_name)
+    if speeds:
+        devices = tuple(replace(d, speed=speed) for d, speed in zip(machine.devices, speeds, strict=True))
+        machine = replace(machine, devices=devices)
     mesh, graph = machine.meshes()[0], LayerGraph("small", tuple(layers), BATCH)
     profile, settings = ProfileTable("any", Roofline.of_data_sheet(1e13, 1e12)), Settings(parameter_sharding=sharding)
     model = CostModel.of(graph, machine, mesh, profile, settings)

@@ -12,15 +12,14 @@ def pipelined(found: Pipeline) -> PipelinedPlan:
     """Return a pipeline as plain numbers."""
     stages = []
     for stage, cost in zip(found.stages, stage_costs(found), strict=True):
-        planned = stage.planned
-        timeline = simulate(stage.table, planned.choice, planned.bucket_bytes)
-        stages.append(FoundStage(stage.table, planned.choice, timeline, cost, stage.times.recompute))
+        timeline = simulate(stage.table, stage.choice, stage.bucket_bytes)
+        stages.append(FoundStage(stage.table, stage.choice, timeline, cost, stage.times.recompute))
     largest = max(found.stages, key=lambda stage: stage.times.params_bytes)
     count = found.num_microbatches
     busy = [count * sum(x.timeline.source_s.values()) for x in stages]
     slowest = stages[busy.index(max(busy))]
     return PipelinedPlan(
-        stages, found.kind.value, count, largest.planned.bucket_bytes, found.timeline.step_s,
+        stages, found.kind.value, count, largest.bucket_bytes, found.timeline.step_s,
         compute_s=max(busy), source_s={k: count * v for k, v in slowest.timeline.source_s.items()},
         sent_bytes=max(_sent_bytes(found, s, stage.timeline) for s, stage in enumerate(stages)),
         memory_bytes=found.memory_bytes, lower_bound_s=min(found.lower_bound_s, found.timeline.step_s),
@@ -32,7 +31,7 @@ def pipelined(found: Pipeline) -> PipelinedPlan:
 def _sent_bytes(found: Pipeline, s: int, timeline: Timeline) -> float:
     """Return what the busiest rank of a stage sends in a step: gradients are reduced once, the rest comes M times."""
     stage = found.stages[s]
-    each = simulate(without_tail(stage.table), stage.planned.choice, stage.planned.bucket_bytes).communication_bytes
+    each = simulate(without_tail(stage.table), stage.choice, stage.bucket_bytes).communication_bytes
     ahead = found.links[s].forward_bytes if s < len(found.links) else 0.0
     back = found.links[s - 1].backward_bytes if s else 0.0
     return found.num_microbatches * (each + ahead + back) + timeline.communication_bytes - each

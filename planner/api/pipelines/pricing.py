@@ -4,15 +4,12 @@ from typing import TYPE_CHECKING
 
 from planner.api.pipelines.pieces import Pieces
 from planner.api.pipelines.search import Pipeline, Stage, pipeline_of
-from planner.cost.simulate import simulate
 from planner.cost.stages import stage_times
 from planner.errors import UsageError
 from planner.ir.dimension import Dimension
 from planner.ir.schedule import ScheduleKind
 from planner.plan.schema import Plan
 from planner.plan.stages import graphs_of
-from planner.search.auto import Planned, Search
-from planner.search.problem import Status
 
 if TYPE_CHECKING:
     from planner.api.planning import Planner
@@ -26,7 +23,7 @@ def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
         planner: of the plan's model, for the whole batch, on the machine.
 
     Raises:
-        UsageError: the machine has too few devices, or other groups of them.
+        UsageError: the machine has too few devices.
         MismatchError: the plan was made for another model.
     """
     pieces, machine = Pieces(planner), planner.machine
@@ -37,10 +34,7 @@ def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
     for part, graph in zip(plan.stages, graphs_of(plan, traced.layers), strict=True):
         mesh = pieces.mesh(part.mesh.ranks[0], len(part.mesh.ranks))
         if mesh is None or mesh.shape != tuple(axis.size for axis in part.mesh.axes):
-            raise UsageError(
-                f"a stage of the plan on ranks {part.mesh.ranks} cannot be laid over {machine.graph.name}, whose "
-                "levels are " + " x ".join(f"{level.name}={level.size}" for level in machine.graph.levels)
-            )
+            mesh = part.mesh.mesh()  # across the machine's levels, or dividing one: its links are what they are
         table = pieces.table(graph, mesh, frozenset(Dimension))
         given = part.strategy()
         strategy = {layer: type(split).of(mesh, split.dimensions) for layer, split in given.items()}
@@ -49,10 +43,7 @@ def price_pipeline(plan: Plan, planner: "Planner") -> Pipeline:
         except ValueError as error:
             raise UsageError(f"the plan cannot be priced here: {error}") from error
         times = stage_times(table, choice, plan.bucket_bytes, recompute=part.recompute)
-        planned = Planned(
-            "plan", choice, plan.bucket_bytes, simulate(table, choice, plan.bucket_bytes), Status.FEASIBLE, 0.0
-        )
-        stages.append(Stage(Search(table, None), planned, times))
+        stages.append(Stage(table, choice, plan.bucket_bytes, times))
     positions = len({tuple(part.mesh.ranks) for part in plan.stages})
     kind, count = ScheduleKind(plan.schedule.kind), plan.schedule.num_microbatches
     return pipeline_of(stages, kind, count, positions, pieces, traced)

@@ -8,6 +8,7 @@ second one has.
 """
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,22 +16,33 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from planner.api.pipelines.chain import Chain
-from planner.api.pipelines.pieces import Pieces
-from planner.cost.pipeline import PipelineTimeline, StageLink, StageTimes, simulate_pipeline
+from planner.api.pipelines.pieces import Key, Pieces
+from planner.cost.pipeline import (
+    InFlight,
+    PipelineTimeline,
+    StageLink,
+    StageTimes,
+    position_bytes,
+    simulate_pipeline,
+)
+from planner.cost.sharding import ParameterSharding
 from planner.cost.stages import Crossing, stage_link, stage_times
 from planner.cost.table import CostTable, collector_paused
-from planner.errors import InfeasibleError, UsageError
+from planner.errors import InfeasibleError, LayerwiseError, TraceError, UsageError
 from planner.frontend.lower import TracedModel
+from planner.ir.graph import Layer, LayerGraph
 from planner.ir.mesh import Mesh
 from planner.ir.ops import BatchNorm, Receive, Send
-from planner.ir.schedule import ScheduleKind
+from planner.ir.schedule import ActionKind, ScheduleKind
 from planner.ir.split import LayerId
 from planner.ir.stages import SENT, legal_cuts, stage_graphs
-from planner.search.auto import Planned, Search
+from planner.search.problem import Choice
 from planner.search.stages import Cuts
 
 if TYPE_CHECKING:
     from planner.api.planning import Planner
+
+_log = logging.getLogger(__name__)
 
 MAX_MICROBATCHES: Final = 64
 WHOLE_BATCH: Final = ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE
@@ -44,19 +56,16 @@ class Stage:
     """One stage of a found pipeline.
 
     Attributes:
-        search: of its layers on its mesh.
-        planned: the splits.
+        table: the priced space of its layers on its mesh.
+        choice: the position of every layer's split.
+        bucket_bytes: of its gradient reductions.
         times: of a micro-batch.
     """
 
-    search: Search
-    planned: Planned
+    table: CostTable
+    choice: Choice
+    bucket_bytes: int
     times: StageTimes
-
-    @property
-    def table(self) -> CostTable:
-        """The priced space of the stage."""
-        return self.search.table
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,18 @@ def pipeline_at(planner: "Planner", kind: ScheduleKind, starts: Sequence[LayerId
     raise InfeasibleError("these stages do not fit in memory, also where activations are computed again")
 
 
+def refuse_uneven(count: int, batch: int) -> None:
+    """Check that a batch can be divided into so many micro-batches.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if count < 1 or batch % count:
+        raise UsageError(f"--microbatches {count} does not divide the batch of {batch}")
+
+
+_Part = tuple[LayerGraph, Key, Mesh]
+"""A stage that is searched: its layers, what it is known by, and its devices."""
 _Candidate = tuple[float, ScheduleKind, int, Chain, Cuts]
 """A way to cut by its price, with its schedule, micro-batches and chain."""
 
@@ -152,25 +173,65 @@ class _Search:
         kinds, counts = self._kinds(), self._counts()
         candidates: list[_Candidate] = []
         bounds, num_ways = [], 0.0
-        failure: InfeasibleError | None = None
+        failure: LayerwiseError | None = None
         for count in counts if any(kind.is_synchronous for kind in kinds) else (1,):
-            cut: list[tuple[Chain, tuple[Cuts, ...]]] = []
-            for kind in kinds if count > 1 or len(kinds) == 1 else WHOLE_BATCH:
-                if self._is_late() and candidates:
-                    break
-                try:
-                    chain = cut[0][0].of_kind(kind) if cut else Chain.of(self.pieces, kind, count)
-                    same = (ways for other, ways in cut if chain.same_prices(other))
-                    found = next(same, None) or chain.best()
-                except InfeasibleError as error:
-                    failure = failure or error
-                    continue
-                cut.append((chain, found))
-                candidates += [(cuts.cost_s, kind, count, chain, cuts) for cuts in found]
+            _log.info("pricing stages for %d micro-batches", count)
+            try:
+                cut = self._cut(kinds, count, must_end=bool(candidates))
+            except InfeasibleError as error:
+                failure = failure or error
+                continue
+            except TraceError as error:
+                if self.planner.options.microbatches is not None:
+                    raise
+                failure = failure or error  # a model that cannot take so few samples may take more
+                continue
+            for chain, found in cut:
+                candidates += [(cuts.cost_s, chain.kind, count, chain, cuts) for cuts in found]
                 bounds.append(chain.least_s)
                 num_ways += chain.num_ways
         if not candidates:
             raise failure or InfeasibleError("no pipeline is possible: the network has no place to cut")
+        refined = self._best_refined(candidates)
+        if not refined:
+            raise InfeasibleError(
+                "no pipeline fits in memory, also with splits that hold less and where activations are computed again. "
+                "Use more devices or a smaller batch, or raise --memory-limit."
+            )
+        fastest = min(refined, key=lambda each: each.timeline.step_s)
+        return replace(fastest, lower_bound_s=min(bounds), num_candidates=f"{num_ways:.3g}")
+
+    def _cut(
+        self, kinds: Sequence[ScheduleKind], count: int, *, must_end: bool
+    ) -> list[tuple[Chain, tuple[Cuts, ...]]]:
+        """Return the best ways to cut for each schedule and a number of micro-batches.
+
+        Args:
+            kinds: of schedules.
+            count: of micro-batches.
+            must_end: there are other ways to cut, so that nothing new is begun when time is up.
+
+        Raises:
+            InfeasibleError: no schedule has any.
+            TraceError: the model does not take so few samples.
+        """
+        cut: list[tuple[Chain, tuple[Cuts, ...]]] = []
+        failure: InfeasibleError | None = None
+        for kind in kinds if count > 1 or len(kinds) == 1 else [k for k in WHOLE_BATCH if k in kinds]:
+            if self._is_late() and (must_end or cut):
+                break
+            try:
+                chain = cut[0][0].of_kind(kind) if cut else Chain.of(self.pieces, kind, count)
+                same = next((ways for other, ways in cut if chain.same_prices(other)), None)
+                cut.append((chain, same or chain.best()))
+            except InfeasibleError as error:
+                failure = failure or error
+        if failure is not None and not cut:
+            raise failure
+        return cut
+
+    def _best_refined(self, candidates: Sequence[_Candidate]) -> list[Pipeline]:
+        """Return the promising ways to cut, searched stage by stage, those that fit in memory."""
         refined: list[Pipeline] = []
         number = Counter[ScheduleKind]()
         for _, kind, count, chain, cuts in _in_turn(candidates):
@@ -178,14 +239,9 @@ class _Search:
                 break
             number[kind] += 1
             if number[kind] <= REFINED:
+                _log.info("searching stages of %s, %d micro-batches", kind, count)
                 refined += self._refined(kind, count, chain, cuts)
-        if not refined:
-            raise InfeasibleError(
-                "no pipeline fits in memory, also where activations are computed again. Use more devices or a smaller "
-                "batch, or raise --memory-limit."
-            )
-        fastest = min(refined, key=lambda each: each.timeline.step_s)
-        return replace(fastest, lower_bound_s=min(bounds), num_candidates=f"{num_ways:.3g}")
+        return refined
 
     # ---- what is asked
 
@@ -193,26 +249,39 @@ class _Search:
         asked = self.planner.options.schedule
         if asked is not None:
             return (ScheduleKind(asked),)
-        return (
-            ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE, ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED,
-        )  # fmt: skip
+        every = ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE, ScheduleKind.GPIPE, ScheduleKind.INTERLEAVED
+        is_sharded = self.planner.sharding is not ParameterSharding.NONE
+        return tuple(kind for kind in every if not (is_sharded and kind.splits_backward))
 
     def _counts(self) -> tuple[int, ...]:
         """Return the numbers of micro-batches to try, most promising first."""
         batch, asked = self.planner.traced.layers.batch, self.planner.options.microbatches
         if asked is not None:
-            if batch % asked:
-                raise UsageError(f"--microbatches {asked} does not divide the batch of {batch}")
+            refuse_uneven(asked, batch)
+            if self._normalises_one(asked):
+                raise UsageError(
+                    f"--microbatches {asked} leaves a batch norm a single value of each channel, of which there are no "
+                    "statistics; use fewer"
+                )
             return (asked,)
         if self.planner.options.stages == "auto" and self._normalises() and self.planner.options.sync_batch_norm:
             return (1,)  # statistics of micro-batches are not those of the batch, which the user asked for
-        divisors = [n for n in range(1, min(batch, MAX_MICROBATCHES) + 1) if batch % n == 0]
+        every = range(1, min(batch, MAX_MICROBATCHES) + 1)
+        divisors = [n for n in every if batch % n == 0 and (n == 1 or not self._normalises_one(n))]
         powers = [n for n in divisors if n & (n - 1) == 0]
         return tuple(powers if len(powers) > 1 else divisors[:6])
 
     def _normalises(self) -> bool:
-        layers = self.planner.traced.layers.layers
-        return any(isinstance(op, BatchNorm) for x in layers for op in (x.op, *(a.op for a in x.absorbed)))
+        return next(self._norms(), None) is not None
+
+    def _normalises_one(self, count: int) -> bool:
+        """Return whether a batch norm has a single value of each channel in so many micro-batches."""
+        return any(x.output.numel <= op.channels * count for x, op in self._norms())
+
+    def _norms(self) -> Iterator[tuple[Layer, BatchNorm]]:
+        for layer in self.planner.traced.layers.layers:
+            every = layer.op, *(absorbed.op for absorbed in layer.absorbed)
+            yield from ((layer, op) for op in every if isinstance(op, BatchNorm))
 
     def _is_late(self) -> bool:
         return time.perf_counter() - self._start > self.planner.options.time_limit_s
@@ -230,25 +299,50 @@ class _Search:
         traced = self.pieces.traced(count)
         graphs = stage_graphs(traced.layers, starts)
         keys = list(itertools.pairwise([None, *starts, None]))
-        found = []
-        for graph, key, mesh in zip(graphs, keys, meshes, strict=True):
-            search, bare, options = self.pieces.searched(graph, key, mesh, quick=False)
-            ways = [
-                Stage(search, each, stage_times(search.table, each.choice, each.bucket_bytes, bare=bare))
-                for each in options
-            ]
-            found.append(min(ways, key=lambda way: _work_s(way.times, count)))
-        pipeline = pipeline_of(found, kind, count, num_positions, self.pieces, traced)
-        while pipeline.memory_bytes > self.planner.limit_bytes:
-            held = pipeline.timeline.memory_bytes
-            short = [s for s, at in enumerate(pipeline.positions) if held[at] > self.planner.limit_bytes]
-            left = [s for s in short if not found[s].times.recompute and found[s].times.saved_bytes > 0]
-            if len({pipeline.positions[s] for s in left}) < len({pipeline.positions[s] for s in short}):
+        parts = list(zip(graphs, keys, meshes, strict=True))
+        stages = [min(self._ways(part), key=lambda way: _work_s(way.times, count)) for part in parts]
+        for in_flight in InFlight.by_position(kind, len(parts), num_positions, count):
+            self._fit(stages, parts, in_flight, kind, count)
+        pipeline = pipeline_of(stages, kind, count, num_positions, self.pieces, traced)
+        if pipeline.memory_bytes <= self.planner.limit_bytes:
+            yield pipeline
+
+    def _ways(self, part: "_Part") -> list[Stage]:
+        """Return a stage split in the ways that are fastest with and without what comes once a step."""
+        search, bare, options = self.pieces.searched(*part, quick=False)
+        return [_stage((search.table, bare), x.choice, x.bucket_bytes) for x in options]
+
+    def _fit(
+        self, stages: list[Stage], parts: Sequence["_Part"], in_flight: InFlight, kind: ScheduleKind, count: int
+    ) -> None:
+        """Change the stages of a position until it fits in memory, or none of them can hold less.
+
+        A stage is changed to the fastest way with which the position fits: other splits, activations that are computed
+        again, or both; where there is none, to that with the fewest bytes, and the next stage of the position is too.
+        """
+        for s in in_flight.stages:
+            if position_bytes([x.times for x in stages], in_flight) <= self.planner.limit_bytes:
                 return
-            for s in {pipeline.positions[s]: s for s in reversed(left)}.values():  # the first of each position
-                found[s] = replace(found[s], times=replace(found[s].times, recompute=True))
-            pipeline = pipeline_of(found, kind, count, num_positions, self.pieces, traced)
-        yield pipeline
+
+            def total(way: Stage, s: int = s) -> int:
+                return position_bytes([way.times if i == s else x.times for i, x in enumerate(stages)], in_flight)
+
+            ways = [stages[s], *self._leaner(parts[s], in_flight.at(s), kind)]
+            fitting = [way for way in ways if total(way) <= self.planner.limit_bytes]
+            stages[s] = min(fitting, key=lambda x: _work_s(x.times, count)) if fitting else min(ways, key=total)
+
+    def _leaner(self, part: "_Part", in_flight: InFlight, kind: ScheduleKind) -> Iterator[Stage]:
+        """Yield ways to have a stage hold less."""
+        search, bare, options = self.pieces.searched(*part, quick=False)
+        for recompute in (False, True) if kind.is_synchronous else (False,):
+            choices = {x.choice: x.bucket_bytes for x in options}
+            if part[2].size > 1:
+                choices |= {x.choice: x.bucket_bytes for x in self.pieces.within(*part, in_flight, recompute=recompute)}
+                lean = self.pieces.lean(*part, in_flight.most)
+                if lean is not None:
+                    choices.setdefault(lean, options[0].bucket_bytes)
+            for choice, bucket_bytes in choices.items():
+                yield _stage((search.table, bare), choice, bucket_bytes, recompute=recompute)
 
 
 def pipeline_of(
@@ -264,7 +358,7 @@ def pipeline_of(
         pieces: of the network.
         traced: the model at micro-batch size.
     """
-    links = [stage_link(_crossing(a, b), pieces.pricer) for a, b in itertools.pairwise(stages)]
+    links = [stage_link(crossing(a, b), pieces.pricer) for a, b in itertools.pairwise(stages)]
     most = max((link.forward_bytes for link in links), default=0.0)
     timeline = simulate_pipeline(
         kind, [stage.times for stage in stages], links, count, num_positions=num_positions,
@@ -274,15 +368,23 @@ def pipeline_of(
     return Pipeline(kind, count, tuple(stages), tuple(links), timeline, positions, traced)
 
 
+def _stage(tables: tuple[CostTable, CostTable], choice: Choice, bucket_bytes: int, *, recompute: bool = False) -> Stage:
+    """Return a stage with given splits, from its table and the same without the tail of a step."""
+    table, bare = tables
+    times = stage_times(table, choice, bucket_bytes, bare=bare, recompute=recompute)
+    return Stage(table, choice, bucket_bytes, times)
+
+
 def _work_s(times: StageTimes, count: int) -> float:
     """Return what a stage's ranks are busy in a step."""
-    both_s = times.forward_s + times.backward_input_s + times.backward_weight_s
+    both_s = times.seconds(ActionKind.FORWARD) + times.seconds(ActionKind.BACKWARD)
     return count * both_s + times.update_s + times.sync_s
 
 
-def _crossing(sender: Stage, receiver: Stage) -> Iterator[Crossing]:
+def crossing(sender: Stage, receiver: Stage) -> Iterator[Crossing]:
+    """Yield the tensors that a stage sends to the next one."""
     here, there = sender.table, receiver.table
-    ours, theirs = here.strategy(sender.planned.choice), there.strategy(receiver.planned.choice)
+    ours, theirs = here.strategy(sender.choice), there.strategy(receiver.choice)
     settings = here.model.settings
     for layer in there.space.graph.layers:
         if isinstance(layer.op, Receive):

@@ -1,9 +1,11 @@
 """The search over meshes: fewer devices where links are slow, levels in factors, and what it costs."""
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,8 +262,12 @@ def test_further_meshes_stop_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> N
     assert MAX_PAIRS > 0
 
 
-def test_a_time_limit_leaves_the_first_mesh_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    found = planner(machine({"gpu": 8}, {"gpu": 1e9}), time_limit_s=0.0, solver="dp")
+def test_a_time_limit_leaves_the_first_mesh_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planner(machine({"gpu": 8}, {"gpu": 1e9}), time_limit_s=1000.0, solver="dp")
+    clock = itertools.count(step=2000.0)  # over between the first mesh and the second
+    monkeypatch.setattr("planner.api.tour.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert len(found.meshes()) > 2
     assert found.best()[0].table.space.mesh == found.meshes()[0]
     assert [record.message for record in caplog.records].count("time limit: 1 candidate meshes searched") == 1

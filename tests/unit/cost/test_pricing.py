@@ -106,7 +106,7 @@ def by_steps(source: Layout, target: Layout, item_bytes: int) -> Price:
 
 
 @st.composite
-def families(draw: st.DrawFn) -> tuple[list[Layout], list[Layout]]:
+def families(draw: st.DrawFn, *, with_shares: bool = True) -> tuple[list[Layout], list[Layout]]:
     """Layouts of one tensor before and after; at times in units, and at times with the rows that a window reads."""
     mesh = draw(some.meshes())
     shape = (draw(st.integers(1, 24)), draw(st.sampled_from([7, 12, 24, 48, 96])), draw(st.integers(2, 16)))
@@ -121,8 +121,11 @@ def families(draw: st.DrawFn) -> tuple[list[Layout], list[Layout]]:
         cuts.reverse()
     found = []
     for own in cuts:
-        layouts = family(shape, mesh, own)
-        drawn = [layouts.at(tuple(draw(st.sampled_from(held)) for _ in mesh.axes)) for _ in range(4)]
+        drawn = []
+        for _ in range(4):
+            placements = tuple(draw(st.sampled_from(held)) for _ in mesh.axes)
+            shares = draw(some.shares(mesh, placements)) if with_shares and draw(st.booleans()) else ()
+            drawn.append(family(shape, mesh, own, shares).at(placements))
         found.append([x for x in drawn if not x.has_empty_piece()])
     assume(found[0] and found[1])
     return found[0], found[1]
@@ -144,6 +147,14 @@ def test_matrices_of_an_edge_are_the_prices_of_the_steps_of_each_pair(
             assert pricer.price(source, target, item_bytes) == expected
 
 
+def test_ranks_idle_before_and_after_are_not_in_the_exchange_beside_them() -> None:
+    cuts, idle = (BALANCED, CHUNK, BALANCED), (None, (1, 0), None)
+    layouts = family((2, 7, 2), Mesh.of(a=2, b=2, c=2), cuts, idle)
+    before, after = layouts.at((0, EQUAL, Whole.SHARED)), layouts.at((Whole.SHARED, EQUAL, 0))
+    assert [step.axes for step in steps(before.value, after.value)] == [(0,)]
+    assert tally(before.mesh).price(before, after, 2) == by_steps(before, after, 2)
+
+
 @given(families())
 def test_the_busiest_rank_of_an_exchange_sends_or_receives_what_the_copies_say(
     pair: tuple[list[Layout], list[Layout]],
@@ -154,7 +165,7 @@ def test_the_busiest_rank_of_an_exchange_sends_or_receives_what_the_copies_say(
                 assert exchanged(source, target).moved == busiest(source, target)
 
 
-@given(families())
+@given(families(with_shares=False))
 def test_pairs_of_layouts_at_once_move_what_each_of_them_moves(pair: tuple[list[Layout], list[Layout]]) -> None:
     before, after = pair
     rows, columns = (x.ravel() for x in np.indices((len(before), len(after))))

@@ -104,6 +104,8 @@ def test_inside_a_node_the_network_is_never_the_shorter_way(network: NetworkKind
     for device in device_kinds().values():
         if device.level == "cpu" and network.card_per == "device":
             continue  # processes of one host would rather use its cards
+        if bus_kinds()[device.links[0]].topology.kind == "pairs":
+            continue  # boards on a shared medium are no node
         alone, two = (two_level("x", nodes, 8, device, bus_kinds()[device.links[0]], network) for nodes in (1, 2))
         everyone = [member.id for member in alone.devices]
         inside = [f"node1.{member}" for member in everyone]

@@ -35,7 +35,7 @@ def test_a_machine_survives_its_file(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "machine.json").read_bytes() == first
 
 
-def test_problems_of_the_form_have_their_json_path(path: Path) -> None:
+def test_problems_of_the_form_have_their_json_path_in_lists_those_of_the_first_bad_item(path: Path) -> None:
     content = json.loads(path.read_text())
     content["schema_version"] = 2
     content["devices"][1]["memory_bytes"] = "80 GB"
@@ -46,9 +46,7 @@ def test_problems_of_the_form_have_their_json_path(path: Path) -> None:
     assert sorted(problems(path, content)) == [
         "$.colour",
         '$.devices[0].peak_flop_per_s.fp8["[key]"]',
-        "$.devices[1].memory_bytes",
         "$.links[0].duplex",
-        "$.links[1].latency_s",
         "$.schema_version",
     ]
 

@@ -258,7 +258,9 @@ class TestReplacing:
                 "a is no complete checkpoint: __0_0.distcp is miss",
             ),
             (lambda folder: os.truncate(next(folder.glob("*.distcp")), 99), "__0_0.distcp is damaged: it has 99 bytes"),
-            (lambda folder: (folder / ".metadata").write_bytes(b"?"), "metadata cannot be read"),
+            (lambda folder: (folder / ".metadata").write_bytes(b"?"), "metadata is damaged: its checksum"),
+            (lambda folder: (folder / ".checksums").write_text("{"), "checksums is damaged"),
+            (lambda folder: without_checksums(folder).write_bytes(b"?"), "metadata cannot be read"),
             (
                 lambda folder: folder.rename(folder.with_name(".a.unfinished")),
                 "there is no checkpoint .*a, only .*unfin",
@@ -269,6 +271,27 @@ class TestReplacing:
         damage(folder)
         with pytest.raises(UsageError, match=message):
             checkpoint.load(build(), None, folder)
+
+    def test_any_changed_byte_of_a_weight_is_found_before_anything_is_overwritten(self, folder: Path) -> None:
+        file = next(folder.glob("*.distcp"))
+        whole, weight = file.read_bytes(), build().state_dict()["first.weight"].numpy().tobytes()
+        place = whole.index(weight)
+        net = build(seed=5)
+        before = copy.deepcopy(net.state_dict())
+        for offset in (0, 7, len(weight) - 1):
+            changed = bytearray(whole)
+            changed[place + offset] ^= 1 << (offset % 8)
+            file.write_bytes(changed)
+            with pytest.raises(UsageError, match=r"damaged: the bytes of model.first.weight are not those written"):
+                checkpoint.load(net, None, folder)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+        without_checksums(folder)  # as of an older version: it loads, unchecked
+        assert checkpoint.load(net, None, folder).step == 1
+
+
+def without_checksums(folder: Path) -> Path:
+    (folder / ".checksums").unlink()
+    return folder / ".metadata"
 
 
 class TestMismatch:

@@ -13,16 +13,6 @@ import pytest
 from planner.errors import RunError, UnknownNameError, UsageError
 from runtime.launch import initialize, run_local
 
-RESTARTED = """
-import os, sys, torch, torch.distributed as dist
-from runtime.launch import initialize
-process = initialize(timeout_s=20)
-dist.all_reduce(total := torch.ones(1))
-if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
-    sys.exit(1)
-sys.stdout.write(f"total {total.item()} of rank {process.rank}\\n")
-dist.destroy_process_group()  # without it, gloo's threads abort some exits
-"""
 PARENT = "import sys; from runtime.launch import run_local; "
 
 
@@ -130,27 +120,3 @@ def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     ranks, children = zip(*pids_in(tmp_path), strict=True)
     assert comes_true(lambda: not any(map(is_alive, ranks)), 2)
     subprocess.run(["kill", *map(str, children)], check=True)  # the kernel ends ranks only
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_restarts_of_torchrun_form_the_group_again(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(RESTARTED)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = ["--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.2"]
-    done = subprocess.run(
-        [*torchrun, *options, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == [f"total 2.0 of rank {r}" for r in range(2)]

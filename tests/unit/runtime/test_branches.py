@@ -1,0 +1,39 @@
+"""Branches on ranks of their own equal one device, in training and evaluation."""
+
+import os
+
+import pytest
+import torch
+
+from planner.frontend.lower import TracedModel
+from runtime.data import own_samples
+from runtime.module import ParallelModule
+from support.branching import NETWORKS, assert_equals_one_device, branched_plan, built, inputs_of, random_plan, scalar
+from support.equality import run_ranks
+
+SEEDS = range(30 if os.environ.get("LAYERWISE_FULL") else 3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_branches_on_ranks_of_their_own_equal_one_device(name: str, seed: int) -> None:
+    plan = random_plan(name, seed)
+    assert any(layer.shares for layer in plan.only_stage.layers)
+    assert_equals_one_device(name, plan)
+
+
+def test_idle_ranks_know_the_types_of_what_others_compute_under_autocast() -> None:
+    plan = branched_plan("volumes", {"pool": 0, "plain.0": 1})
+    (inputs,), types = inputs_of("volumes"), dict[str, list[torch.dtype]]()
+
+    def work(net: ParallelModule, _traced: TracedModel, position: int) -> None:
+        for layer, rank in (("pool", 0), ("plain.0", 1)):
+            found = types.setdefault(layer, [])
+            name = layer if rank == position else f"idle.{layer.replace('.', '_')}"
+            net.get_submodule(name).register_forward_hook(lambda _m, _i, out, found=found: found.append(out.dtype))
+        net.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            scalar(net(inputs[own_samples(plan, plan.mesh.ranks[position])].float())).backward()
+
+    run_ranks(lambda: built("volumes"), plan, work)
+    assert types == {"pool": [torch.float32] * 2, "plain.0": [torch.bfloat16] * 2}
