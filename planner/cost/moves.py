@@ -28,7 +28,7 @@ from planner.ir.layout import (
     family,
 )
 from planner.ir.mesh import Mesh
-from planner.ir.transfer import Step, StepKind, steps
+from planner.ir.transfer import Step, StepKind, steps, without_idle_alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def moves_of_pairs(
 
 def _move(step: Step) -> Move:
     if step.kind is StepKind.EXCHANGE:
-        return Move(step.kind, step.axes, *exchanged(step.source, step.target, step.axes))
+        return Move(step.kind, step.axes, *exchanged(*without_idle_alike(step.source, step.target), step.axes))
     elements = 0
     if step.kind in {StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER}:
         elements = math.prod(step.source.largest_shape())
@@ -101,7 +101,7 @@ def copied_elements(step: Step) -> int:
     Of an exchange see ``planner.cost.exchange``.
     """
     if step.kind is StepKind.EXCHANGE:
-        return exchanged(step.source, step.target, step.axes).copied
+        return exchanged(*without_idle_alike(step.source, step.target), step.axes).copied
     before, after = (math.prod(layout.largest_shape()) for layout in (step.source, step.target))
     return {
         StepKind.SLICE: 2 * after,

@@ -16,7 +16,7 @@ from planner.cost.collectives import (
 from planner.cost.moves import frame, moves, used_rank
 from planner.devices.measured import CollectiveKind, MeasuredCollective
 from planner.devices.route import Router
-from planner.ir.layout import Layout, family
+from planner.ir.layout import Layout
 from planner.ir.transfer import StepKind
 
 
@@ -64,23 +64,6 @@ class Reduction:
     levels: int
 
 
-def without_common_idle(source: Layout, target: Layout) -> tuple[Layout, Layout]:
-    """Return two layouts in which the same ranks are idle as if these did what the others do; others as they are.
-
-    Along an axis on which one coordinate holds all before and after, nothing moves: what moves between the ranks
-    beside it is the same, and what is cut alike takes one set of steps (``planner.cost.moves``).
-    """
-    placed = (
-        *zip(source.placements, source.shares, strict=False),
-        *zip(target.placements, target.shares, strict=False),
-    )
-    if source.shares != target.shares or any(isinstance(p, int) and 0 in (own or ()) for p, own in placed):
-        return source, target
-    shares = tuple(None if 0 in (own or ()) else own for own in source.shares)
-    first, second = (family(x.shape, x.mesh, x.cuts, shares).at(x.placements) for x in (source, target))
-    return first, second
-
-
 @dataclass(frozen=True)
 class StepPricer:
     """Prices steps on the machine of a router; keeps what it priced for its lifetime.
@@ -112,7 +95,6 @@ class StepPricer:
         return self._prices[key]
 
     def _price(self, source: Layout, target: Layout, item_bytes: int) -> Price:
-        source, target = without_common_idle(source, target)
         if source.shares or target.shares:  # pieces are not alike, so no small tensor stands for this one
             listed = moves(source, target)
             return sum(

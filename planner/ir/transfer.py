@@ -280,6 +280,20 @@ def _idle_alike(before: Layout, after: Layout) -> set[int]:
     }
 
 
+def without_idle_alike(before: Layout, after: Layout) -> tuple[Layout, Layout]:
+    """Return two layouts in which ranks that are idle in both do what the others do: these move the same."""
+    alike = _idle_alike(before, after)
+    if not alike:
+        return before, after
+    first, second = (
+        family(x.shape, x.mesh, x.cuts, tuple(None if a in alike else own for a, own in enumerate(x.shares))).at(
+            x.placements
+        )
+        for x in (before, after)
+    )
+    return first, second
+
+
 def transfers(source: Layout, target: Layout) -> tuple[Transfer, ...]:
     """List the copies that give every mesh position its region, in (target, source) order.
 

@@ -147,10 +147,11 @@ def test_matrices_of_an_edge_are_the_prices_of_the_steps_of_each_pair(
             assert pricer.price(source, target, item_bytes) == expected
 
 
-def test_ranks_idle_before_and_after_are_not_in_the_exchange_beside_them() -> None:
+@pytest.mark.parametrize("cut", [0, 1])
+def test_ranks_idle_before_and_after_are_not_in_the_exchange_beside_them(cut: int) -> None:
     cuts, idle = (BALANCED, CHUNK, BALANCED), (None, (1, 0), None)
     layouts = family((2, 7, 2), Mesh.of(a=2, b=2, c=2), cuts, idle)
-    before, after = layouts.at((0, EQUAL, Whole.SHARED)), layouts.at((Whole.SHARED, EQUAL, 0))
+    before, after = layouts.at((cut, EQUAL, Whole.SHARED)), layouts.at((Whole.SHARED, EQUAL, 0))
     assert [step.axes for step in steps(before.value, after.value)] == [(0,)]
     assert tally(before.mesh).price(before, after, 2) == by_steps(before, after, 2)
 
