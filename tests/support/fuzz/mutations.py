@@ -126,7 +126,7 @@ Around = tuple[Any, Sequence[bytes]]
 
 
 def _replace(holder: Any, key: Any, rng: Rng, _: Around) -> None:
-    holder[key] = pick(pick((NUMBERS, NAMES, OTHERS), rng), rng)
+    holder[key] = copy.deepcopy(pick(pick((NUMBERS, NAMES, OTHERS), rng), rng))  # it may be changed later
 
 
 def _nudge(holder: Any, key: Any, rng: Rng, around: Around) -> None:
