@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from planner.api import plan_model
-from planner.devices import Device, DeviceGraph, Level, Link, write_cluster
+from planner.devices import Cluster, Device, Level, Link, write_cluster
 from planner.models import entry
 from planner.units import format_seconds
 
@@ -27,7 +27,7 @@ def lab(network_bytes_per_s):
     )
     buses = (Link(gpu.id, f"{gpu.id[:-5]}-pcie", "pcie3", 5e-6, 12 * GB) for gpu in gpus)
     cables = (Link(f"{host}-pcie", "switch", "ethernet", 20e-6, network_bytes_per_s) for host in ("left", "right"))
-    return DeviceGraph(
+    return Cluster(
         "lab", gpus, ("left-pcie", "right-pcie", "switch"), (*buses, *cables), (Level("node", 2), Level("gpu", 2))
     )
 

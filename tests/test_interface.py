@@ -19,7 +19,7 @@ STABLE = {
     "planner.plan": ("Plan",),
     "planner.plan.placements": ("Placements",),
     "planner.devices": (
-        "cluster", "equal_devices", "read_cluster", "write_cluster", "DeviceGraph", "Device", "Link", "Level",
+        "Cluster", "cluster", "equal_devices", "read_cluster", "write_cluster", "Device", "Link", "Level",
     ),
     "planner.frontend.custom": ("register_module",),
     "planner.errors": (

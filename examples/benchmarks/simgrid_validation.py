@@ -35,7 +35,7 @@ from rich.table import Table
 
 from planner.cost import collectives
 from planner.cost.collectives import Library
-from planner.devices import DeviceGraph, Router, bus_kinds, cluster, device_kinds, network_kinds, two_level
+from planner.devices import Cluster, Router, bus_kinds, cluster, device_kinds, network_kinds, two_level
 from planner.devices.schema import FatTree
 from planner.errors import LayerwiseError, UsageError
 
@@ -75,7 +75,7 @@ class Case:
     num_bytes: int
 
 
-def machines() -> dict[str, DeviceGraph]:
+def machines() -> dict[str, Cluster]:
     """Return a machine of every topology."""
     wire = bus_kinds()["shm"].model_copy(update={"duplex": "half"})
     leaves = FatTree(kind="fat_tree", per_switch=4, spines=2, uplink_bandwidth_bytes_per_s=1.25e9)
@@ -119,7 +119,7 @@ NAMES: Final = (
 )  # fmt: skip
 
 
-def cases(graph: DeviceGraph) -> list[Case]:
+def cases(graph: Cluster) -> list[Case]:
     """Return every collective over all ranks, then in several groups at once along each axis."""
     num_axes = len(graph.mesh().axes)
     everything = tuple(range(num_axes))
@@ -130,7 +130,7 @@ def cases(graph: DeviceGraph) -> list[Case]:
     return [Case(name, axes, size) for name, axes in named for size in SIZES]
 
 
-def job(graph: DeviceGraph, todo: Sequence[Case], settings: Iterable[str]) -> dict[str, Any]:
+def job(graph: Cluster, todo: Sequence[Case], settings: Iterable[str]) -> dict[str, Any]:
     """Return what the worker reads: links, the paths of every pair, and the groups of every case."""
     ids = [device.id for device in graph.devices]
     hops = {(link.a, link.b): (index, 0) for index, link in enumerate(graph.links)}
@@ -178,7 +178,7 @@ def simulated(content: dict[str, Any]) -> list[float]:
     return found
 
 
-def compared(name: str, graph: DeviceGraph, settings: Iterable[str]) -> list[Row]:
+def compared(name: str, graph: Cluster, settings: Iterable[str]) -> list[Row]:
     """Return every case of one machine."""
     todo = cases(graph)
     router, axes = Router(graph, graph.mesh()), graph.mesh().axes

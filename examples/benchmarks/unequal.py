@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from examples.benchmarks.on_hosts import iqr, ratio, ratio_interval
 from planner.api import Options, Origin, example_inputs, machine_of, machine_of_links, prepare
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.errors import LayerwiseError
 from planner.frontend.source import load_model
 from planner.plan import Plan
@@ -92,7 +92,7 @@ def slowed_race(argument: dict[str, Any], process: Process) -> JsonValue:
         return race(argument, process)
 
 
-def measured(groups: Sequence[str]) -> DeviceGraph:
+def measured(groups: Sequence[str]) -> Cluster:
     """Return both processes as a machine."""
     argument = {"nodes": 1, "ranks_per_node": 2, "groups": groups}
     found = run_local(f"{__spec__.name}:slowed_links", argument, num_ranks=2, timeout_s=600.0, threads_per_rank=1)
@@ -100,7 +100,7 @@ def measured(groups: Sequence[str]) -> DeviceGraph:
     return machine_of_links("unequal", 1, 2, found[0])
 
 
-def planned(machine: DeviceGraph, model: str, image: tuple[int, ...], batch: int, shares: str) -> Plan:
+def planned(machine: Cluster, model: str, image: tuple[int, ...], batch: int, shares: str) -> Plan:
     """Return the plan with these pieces."""
     options = Options(all_devices=True, shares=shares)  # type: ignore[arg-type]  # one of both names
     module = load_model(model, {}).module

@@ -33,12 +33,14 @@ from planner.api.planning import (
 )
 from planner.api.reporting import report
 from planner.api.what_if import Case, Outcome, cases, what_if
+from planner.devices.graph import Cluster
 from planner.errors import NoPlanError
 from planner.plan.schema import Plan
 from planner.space.constraints import Constraints
 
 __all__ = [
     "Case",
+    "Cluster",
     "Comparison",
     "Constraints",
     "InferenceOptions",

@@ -17,7 +17,7 @@ from planner.cost.model import LayerCost
 from planner.cost.pipeline import PipelineTimeline
 from planner.cost.simulate import Timeline, simulate
 from planner.cost.table import CostTable
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.errors import InfeasibleError, NoPlanError, UnknownNameError, UsageError
 from planner.frontend.source import load_model
 from planner.frontend.trace import NO_KEYWORDS, empty_inputs
@@ -92,7 +92,7 @@ def compare(
     model: nn.Module,
     example_inputs: Sequence[torch.Tensor],
     *,
-    cluster: str | Path | DeviceGraph | None = None,
+    cluster: str | Path | Cluster | None = None,
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,
@@ -268,7 +268,7 @@ def _on_axes(mesh: Mesh, split: Split) -> Split:
     return Split.of(mesh, split.dimensions).with_shares(dict(shares))
 
 
-def _mesh_on(plan: Plan, graph: DeviceGraph) -> Mesh:
+def _mesh_on(plan: Plan, graph: Cluster) -> Mesh:
     """Return a plan's mesh on a machine, with the names that the machine gives to axes of these sizes.
 
     Its ranks are the devices that the plan names, where the machine has them; else the first ones.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from planner.api.options import Origin
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.errors import UnknownNameError, UsageError
 from planner.frontend.lower import trace_layers
 from planner.inference.groups import neuron_groups
@@ -42,7 +42,7 @@ class InferenceOptions:
 def plan_inference(
     module: nn.Module,
     inputs: Sequence[torch.Tensor],
-    machine: DeviceGraph,
+    machine: Cluster,
     options: InferenceOptions = InferenceOptions(),  # a frozen value
     origin: Origin = Origin(),  # noqa: B008  # a frozen value
     keywords: Mapping[str, Any] | None = None,
@@ -93,7 +93,7 @@ def plan_inference(
     return partition_file(problem, found, request)
 
 
-def _device(machine: DeviceGraph, name: str | None) -> int | None:
+def _device(machine: Cluster, name: str | None) -> int | None:
     names = [device.id for device in machine.devices]
     if name is None:
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from planner.devices.files import profiles_path
-from planner.devices.graph import Device, DeviceGraph
+from planner.devices.graph import Cluster, Device
 from planner.devices.library import cluster as find_cluster
 from planner.devices.library import device_kinds, equal_devices
 from planner.devices.schema import DeviceKind
@@ -37,7 +37,7 @@ PROFILE_TIMEOUT_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is made for: a device graph and what is known of the speed of its devices.
+    """What a plan is made for: a cluster and what is known of the speed of its devices.
 
     Attributes:
         graph: the devices and their links.
@@ -45,13 +45,13 @@ class Machine:
         others: of the other kinds, by their names.
     """
 
-    graph: DeviceGraph
+    graph: Cluster
     profile: ProfileTable
     others: Mapping[str, ProfileTable] = field(default_factory=dict)
 
 
 def machine_of(
-    cluster: str | Path | DeviceGraph | None = None,
+    cluster: str | Path | Cluster | None = None,
     devices: int | None = None,
     precision: str = "fp32",
     profile: str | Path | None = None,
@@ -96,12 +96,12 @@ def _is_of_this_processor(profile: ProfileFile) -> bool:
     return processor_of(profile.environment) == cpu_name()
 
 
-def _plain_machine(cluster: str | Path | DeviceGraph | None, devices: int | None, precision: str) -> Machine:
+def _plain_machine(cluster: str | Path | Cluster | None, devices: int | None, precision: str) -> Machine:
     if (cluster is None) == (devices is None):
         raise UsageError("give exactly one of --devices N and --cluster NAME (cluster= and devices= from Python)")
     if devices is not None:
         graph = equal_devices(devices)
-    elif isinstance(cluster, DeviceGraph):
+    elif isinstance(cluster, Cluster):
         graph = cluster
     elif str(cluster).startswith("local-"):
         from planner.measure.host import local_machine, parse_local
@@ -115,7 +115,7 @@ def _plain_machine(cluster: str | Path | DeviceGraph | None, devices: int | None
     return Machine(graph, profile, others)
 
 
-def data_sheet_profile(graph: DeviceGraph, precision: str) -> ProfileTable:
+def data_sheet_profile(graph: Cluster, precision: str) -> ProfileTable:
     """Return the roofline of the slowest device's data sheet.
 
     Raises:
@@ -154,7 +154,7 @@ def measure_host(num_ranks: int, hosts: "Hosts | None" = None) -> "HostRates":
 
 def machine_of_links(
     name: str, nodes: int, ranks_per_node: int, found: Mapping[str, Any], device: str | None = None
-) -> DeviceGraph:
+) -> Cluster:
     """Return the machine whose links ``runtime.measuring.link_times`` timed.
 
     Args:

@@ -11,7 +11,7 @@ Three limits keep the search short, none of them a clock, so that the same reque
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.shapes import factored, fewer
 from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph, is_boundary
@@ -33,14 +33,14 @@ Counts = tuple[int, ...]
 """How many devices of each level."""
 
 
-def whole_meshes(graph: DeviceGraph) -> list[Mesh]:
+def whole_meshes(graph: Cluster) -> list[Mesh]:
     """Return the candidates over all devices, whole levels first; neighbouring ones are joined where they are many."""
     sizes = [level.size for level in graph.levels]
     few = [mesh for mesh in graph.meshes() if len(mesh.axes) <= MAX_AXES]
     return (few or list(graph.whole_meshes(sizes, MAX_AXES)))[:MAX_MESHES]
 
 
-def fewer_meshes(graph: DeviceGraph) -> Iterator[tuple[Counts, Mesh]]:
+def fewer_meshes(graph: Cluster) -> Iterator[tuple[Counts, Mesh]]:
     """Yield the candidates over fewer devices, and how many of each level they use, the most promising first."""
     every = fewer([level.size for level in graph.levels])
     chosen = every[:MAX_FEWER]
@@ -50,7 +50,7 @@ def fewer_meshes(graph: DeviceGraph) -> Iterator[tuple[Counts, Mesh]]:
         yield counts, graph.whole_meshes(counts, MAX_AXES)[0]
 
 
-def factorings(graph: DeviceGraph, counts: Counts) -> list[Mesh]:
+def factorings(graph: Cluster, counts: Counts) -> list[Mesh]:
     """Return the meshes over these devices that cut levels, fewest axes first."""
     found = (graph.mesh_of(shape) for shape in factored(counts)[1:])
     return [mesh for mesh in found if len(mesh.axes) <= MAX_AXES][: MAX_MESHES - 1]

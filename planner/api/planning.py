@@ -18,7 +18,7 @@ from planner.cost.sharding import ParameterSharding
 from planner.cost.shares import Proportions
 from planner.cost.table import CostTable, collector_paused, layer_pieces, least_compute_s
 from planner.deadline import OutOfTimeError, deadline
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.errors import InfeasibleError, LayerwiseError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
@@ -565,7 +565,7 @@ def plan_model(
     model: nn.Module,
     example_inputs: Sequence[torch.Tensor],
     *,
-    cluster: str | Path | DeviceGraph | None = None,
+    cluster: str | Path | Cluster | None = None,
     devices: int | None = None,
     machine: Machine | None = None,
     origin: Origin | None = None,

@@ -14,7 +14,7 @@ from planner.errors import UsageError
 from planner.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from planner.devices.graph import DeviceGraph
+    from planner.devices.graph import Cluster
 
 TIMEOUT_S = 1800.0
 
@@ -93,7 +93,7 @@ def _locally(argument: dict[str, Any], ranks: int) -> dict[str, Any]:
     return found[0]
 
 
-def _fits(graph: "DeviceGraph", sizes: dict[str, int], per_node: int) -> Table:
+def _fits(graph: "Cluster", sizes: dict[str, int], per_node: int) -> Table:
     """Return latency and bandwidth of every measured collective, and how well they explain its times."""
     from planner.measure.links import fit_alpha_beta
 

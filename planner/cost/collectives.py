@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from planner.cost.patterns import climb, double_tree, flip, fold, spread
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.route import PathCost, Router, neighbours
 
 Axes = Sequence[int]
@@ -39,7 +39,7 @@ class Library(StrEnum):
     """A ring, or recursive halving and doubling [Thakur05]."""
 
 
-def library_of(graph: DeviceGraph) -> Library:
+def library_of(graph: Cluster) -> Library:
     """Return the library that runs on a machine: gloo where the innermost level is called ``cpu``, else NCCL."""
     return Library.GLOO if graph.levels[-1].name == "cpu" else Library.NCCL
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.ir.mesh import Mesh
 from planner.profile.key import LocalLayer
 from planner.profile.table import LayerTime, ProfileTable
@@ -46,7 +46,7 @@ class Crew:
     workers: tuple[Worker, ...]
 
     @staticmethod
-    def of(machine: DeviceGraph, mesh: Mesh, profile: ProfileTable, others: Mapping[str, ProfileTable]) -> "Crew":
+    def of(machine: Cluster, mesh: Mesh, profile: ProfileTable, others: Mapping[str, ProfileTable]) -> "Crew":
         """Return the devices of a mesh.
 
         Args:

@@ -15,7 +15,7 @@ from planner.cost.halo import HaloOverlap
 from planner.cost.memory import LayerBytes, Optimizer, layer_bytes, update_passes
 from planner.cost.sharding import ParameterSharding, largest_gathers, whole_bytes
 from planner.cost.transfer import FREE, Price, Reduction, StepPricer
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.measured import CollectiveKind
 from planner.devices.route import Router
 from planner.ir.branches import busy_positions
@@ -125,7 +125,7 @@ class CostModel:
     """
 
     graph: LayerGraph
-    machine: DeviceGraph
+    machine: Cluster
     mesh: Mesh
     profile: ProfileTable
     settings: Settings
@@ -137,7 +137,7 @@ class CostModel:
     @staticmethod
     def of(
         graph: LayerGraph,
-        machine: DeviceGraph,
+        machine: Cluster,
         mesh: Mesh,
         profile: ProfileTable,
         settings: Settings,

@@ -1,7 +1,7 @@
 """The machine: devices, switches, links; what routes cost; clusters by name or file."""
 
 from planner.devices.files import profiles_path
-from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.graph import Cluster, Device, Level, Link
 from planner.devices.library import (
     bus_kinds,
     cluster,
@@ -16,8 +16,8 @@ from planner.devices.schema import BusKind, DeviceKind, NetworkKind, read_cluste
 
 __all__ = [
     "BusKind",
+    "Cluster",
     "Device",
-    "DeviceGraph",
     "DeviceKind",
     "Level",
     "Link",

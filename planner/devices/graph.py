@@ -66,8 +66,11 @@ class Level:
 
 
 @dataclass(frozen=True)
-class DeviceGraph:
-    """A machine.
+class Cluster:
+    """Devices joined by links and switches.
+
+    ``cluster`` finds one by name or file; written out, or changed by ``dataclasses.replace``, it is what
+    ``plan_model(cluster=...)`` plans for.
 
     Attributes:
         devices: in rank order; the innermost level runs fastest.
@@ -273,7 +276,7 @@ class DeviceGraph:
         return tuple(range(len(self.devices)))
 
 
-def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+def _number_problems(graph: Cluster) -> Iterator[tuple[str, str]]:
     """Yield every figure that is not a positive finite number (a latency may be 0)."""
     figures: list[tuple[str, float]] = []
     for index, device in enumerate(graph.devices):
@@ -294,7 +297,7 @@ def _number_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
             yield path, f"must be finite and > 0, found {value}"
 
 
-def _structure_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+def _structure_problems(graph: Cluster) -> Iterator[tuple[str, str]]:
     """Yield every id, link or level that contradicts another."""
     ids = [(f"$.devices[{index}].id", device.id) for index, device in enumerate(graph.devices)]
     ids += [(f"$.switches[{index}]", switch) for index, switch in enumerate(graph.switches)]
@@ -311,7 +314,7 @@ def _structure_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
         yield "$.levels", f"{sizes or 'no levels'} do not give {len(graph.devices)} devices"
 
 
-def _collective_problems(graph: DeviceGraph) -> Iterator[tuple[str, str]]:
+def _collective_problems(graph: Cluster) -> Iterator[tuple[str, str]]:
     known = [level.name for level in graph.levels]
     seen: set[tuple[str, tuple[str, ...]]] = set()
     for index, measured in enumerate(graph.collectives):
@@ -334,7 +337,7 @@ def _repeated(names: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         seen.add(name)
 
 
-def _link_problems(graph: DeviceGraph, ids: set[str]) -> Iterator[tuple[str, str]]:
+def _link_problems(graph: Cluster, ids: set[str]) -> Iterator[tuple[str, str]]:
     joined: set[frozenset[str]] = set()
     for index, link in enumerate(graph.links):
         for end, name in (("a", link.a), ("b", link.b)):

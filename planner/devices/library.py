@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from planner.devices.files import profiles_path
-from planner.devices.graph import Device, DeviceGraph, Level
+from planner.devices.graph import Cluster, Device, Level
 from planner.devices.schema import (
     MAX_DEVICES,
     BusKind,
@@ -68,8 +68,8 @@ def clusters() -> Mapping[str, str]:
     return dict(_SHIPPED)
 
 
-def cluster(name_or_path: str | Path) -> DeviceGraph:
-    """Return a machine by name, such as ``4x8-h100-ib400``, or read it from a file.
+def cluster(name_or_path: str | Path) -> Cluster:
+    """Return a cluster by name, such as ``4x8-h100-ib400``, or read it from a file.
 
     With several nodes the link named is the network between them, and the devices of a node are
     joined by their kind's usual bus; with one node it is that bus. ``1xD-`` with a network is one
@@ -105,8 +105,8 @@ def cluster(name_or_path: str | Path) -> DeviceGraph:
     return two_level(f"{devices}x{device_name}-{link_name}", 1, devices, device, bus)
 
 
-def equal_devices(num_devices: int) -> DeviceGraph:
-    """Return the machine of ``--devices N``: one level of N data-sheet accelerators."""
+def equal_devices(num_devices: int) -> Cluster:
+    """Return the cluster of ``--devices N``: one level of N data-sheet accelerators."""
     return cluster(f"{num_devices}xaccelerator-nvlink")
 
 
@@ -117,7 +117,7 @@ def two_level(
     device: DeviceKind,
     bus: BusKind,
     network: NetworkKind | None = None,
-) -> DeviceGraph:
+) -> Cluster:
     """Return ``nodes`` times ``devices`` devices: a bus inside each node, a network between them.
 
     Network cards hang on the node's switch or on each device. One node has no network. Levels are
@@ -140,7 +140,7 @@ def two_level(
         between = wire(_cards(name, network, wirings, ids), "network", network)
         wirings.insert(0, between)
         levels = (*_levels(Level("node", nodes), between.outer), *levels)
-    return DeviceGraph(
+    return Cluster(
         name,
         tuple(_device(member, device) for ends in ids for member in ends),
         tuple(switch for wiring in wirings for switch in wiring.switches),

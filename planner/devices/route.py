@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.paths import Hop
 from planner.ir.mesh import Mesh
 
@@ -40,7 +40,7 @@ class Router:
     Results are kept per set of axes for the lifetime of the instance.
     """
 
-    def __init__(self, graph: DeviceGraph, mesh: Mesh) -> None:
+    def __init__(self, graph: Cluster, mesh: Mesh) -> None:
         self.graph, self.mesh = graph, mesh
         self._lanes: dict[Hop, _Lane] = {}
         for index, link in enumerate(graph.links):

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import FailFast, Field, PositiveInt, StringConstraints, model_validator
 
-from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.graph import Cluster, Device, Level, Link
 from planner.devices.measured import CollectiveKind, CollectivePoint, MeasuredCollective
 from planner.errors import FormatError
 from planner.ir.canonical import Memory, PositiveSeconds, Rate, StrictModel, decode_file, write_atomically
@@ -71,7 +71,7 @@ class CollectiveEntry(StrictModel):
 
 
 class ClusterFile(StrictModel):
-    """A machine as a file; the fields of ``graph.DeviceGraph``."""
+    """A cluster as a file; the fields of ``graph.Cluster``."""
 
     schema_version: Literal[1]
     name: Name
@@ -218,8 +218,8 @@ class LinkKindsFile(StrictModel):
         return self
 
 
-def read_cluster(path: Path) -> DeviceGraph:
-    """Return the machine that a cluster file describes.
+def read_cluster(path: Path) -> Cluster:
+    """Return the cluster that a file describes.
 
     Raises:
         UsageError: the file cannot be read.
@@ -227,7 +227,7 @@ def read_cluster(path: Path) -> DeviceGraph:
     """
     file = decode_file(ClusterFile, path, "cluster file")
     try:
-        return DeviceGraph(
+        return Cluster(
             name=file.name,
             devices=tuple(Device(**entry.model_dump()) for entry in file.devices),
             switches=file.switches,
@@ -239,7 +239,7 @@ def read_cluster(path: Path) -> DeviceGraph:
         raise FormatError(f"cluster file {path}", error.problems) from error
 
 
-def write_cluster(graph: DeviceGraph, path: Path) -> None:
-    """Write a machine as a cluster file; ``read_cluster`` returns it unchanged."""
+def write_cluster(graph: Cluster, path: Path) -> None:
+    """Write a cluster as a file; ``read_cluster`` returns it unchanged."""
     file = ClusterFile.model_validate({"schema_version": 1, **asdict(graph)})
     write_atomically(path, file.model_dump_json(indent=2) + "\n")

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.devices.graph import DeviceGraph, Level
+from planner.devices.graph import Cluster, Level
 from planner.errors import UsageError
 from planner.units import format_bit_rate
 
 
-def first_devices(graph: DeviceGraph, count: int) -> DeviceGraph:
+def first_devices(graph: Cluster, count: int) -> Cluster:
     """Return a machine with so many devices of this one, inner levels filled first.
 
     Of 4 nodes of 8, 4 devices are half a node, 16 two nodes, and 12 two nodes with 6 each: every node that is used has
@@ -35,7 +35,7 @@ def first_devices(graph: DeviceGraph, count: int) -> DeviceGraph:
     used = {end for hop in hops for end in hop}.difference(kept)
     forwarding = (*graph.switches, *(device.id for device in graph.devices))
     unchanged = {level.name for level, n in zip(graph.levels, counts, strict=True) if n == level.size}
-    return DeviceGraph(
+    return Cluster(
         f"{count} of {graph.name}",
         devices,
         tuple(name for name in forwarding if name in used),
@@ -45,7 +45,7 @@ def first_devices(graph: DeviceGraph, count: int) -> DeviceGraph:
     )
 
 
-def with_outer_rate(graph: DeviceGraph, bandwidth_bytes_per_s: float) -> DeviceGraph:
+def with_outer_rate(graph: Cluster, bandwidth_bytes_per_s: float) -> Cluster:
     """Return a machine whose outermost links have another bandwidth; latencies stay.
 
     Those are the links of the slowest kind that messages between the parts of its outermost level take, and messages

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.errors import InfeasibleError
 from planner.units import format_bytes
 
@@ -115,7 +115,7 @@ class Devices:
         return len(self.names)
 
     @classmethod
-    def of(cls, graph: DeviceGraph) -> "Devices":
+    def of(cls, graph: Cluster) -> "Devices":
         """Return the devices of a machine; a pair has the bandwidth of the slowest link of its route.
 
         Messages of different pairs do not slow each other down, as in [Oliveira19]: where a medium is shared, the file

@@ -19,7 +19,7 @@ import platformdirs
 import torch
 from torch import nn
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.library import device_kinds
 from planner.devices.schema import CollectiveEntry, DeviceKind
 from planner.errors import UsageError
@@ -82,7 +82,7 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(len(os.sched_getaffinity(0)) // num_ranks, 1)
 
 
-def local_machine(num_ranks: int, measure: Callable[[int], HostRates]) -> tuple[DeviceGraph, ProfileTable]:
+def local_machine(num_ranks: int, measure: Callable[[int], HostRates]) -> tuple[Cluster, ProfileTable]:
     """Return this host with N processes, from the cache or measured now.
 
     Args:
@@ -100,8 +100,8 @@ def local_machine(num_ranks: int, measure: Callable[[int], HostRates]) -> tuple[
     return machine_from(rates, num_ranks)
 
 
-def machine_from(rates: HostRates, num_ranks: int) -> tuple[DeviceGraph, ProfileTable]:
-    """Return the device graph and profile of these measurements."""
+def machine_from(rates: HostRates, num_ranks: int) -> tuple[Cluster, ProfileTable]:
+    """Return the cluster and profile of these measurements."""
     collectives = [entry.collective() for entry in rates.collectives]
     roofline = Roofline(
         {"conv": rates.conv_flop_per_s, "linear": rates.linear_flop_per_s, "": rates.linear_flop_per_s},

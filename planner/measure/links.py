@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.library import bus_kinds, two_level
 from planner.devices.measured import CollectiveKind, MeasuredCollective
 from planner.devices.schema import DeviceKind, NetworkKind
@@ -85,7 +85,7 @@ def measured_graph(
     devices: int,
     device: DeviceKind,
     collectives: Sequence[MeasuredCollective],
-) -> DeviceGraph:
+) -> Cluster:
     """Return a machine of equal nodes whose links explain the measured all-reduces, with these beside them.
 
     Within a node one switch joins the devices. Between nodes each node has one card, with what all

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from planner.cost.overlap import Event
 from planner.cost.traffic import Traffic
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.plan.measured import Measured
 from planner.plan.measured_stages import MeasuredPipeline
 from planner.plan.schema import Plan, StageCostPart
@@ -44,7 +44,7 @@ class Content:
     """
 
     plan: Plan
-    machine: DeviceGraph
+    machine: Cluster
     is_as_planned: bool
     stages: Sequence[PricedStage]
     step_s: float

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from planner.cost.memory import Optimizer
 from planner.cost.model import CostModel, Settings
 from planner.cost.table import CostTable
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.library import cluster
 from planner.ir.dimension import Dimension
 from planner.ir.rules import default_io
@@ -53,7 +53,7 @@ def simulated(model: str, batch: int, name: str, speed: float = 1.0) -> Simulate
     return Simulated(search.fixed("data").timeline.step_s, plan.timeline.step_s)
 
 
-def _faster(graph: DeviceGraph, speed: float) -> DeviceGraph:
+def _faster(graph: Cluster, speed: float) -> Cluster:
     devices = tuple(
         replace(d, peak_flop_per_s={p: speed * rate for p, rate in d.peak_flop_per_s.items()}) for d in graph.devices
     )

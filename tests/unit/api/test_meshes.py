@@ -13,7 +13,7 @@ import pytest
 from planner.api import Machine, Options, Origin, Plan, Planner, compare_with, example_inputs, prepare, price_plan
 from planner.api.meshes import MAX_AXES, MAX_PAIRS, num_pairs, whole_meshes
 from planner.cost.sharding import ParameterSharding
-from planner.devices.graph import Device, DeviceGraph, Level, Link
+from planner.devices.graph import Cluster, Device, Level, Link
 from planner.devices.library import cluster
 from planner.errors import InfeasibleError, UnknownNameError, UsageError
 from planner.frontend.lower import TracedModel, trace_layers
@@ -47,7 +47,7 @@ def machine(sizes: dict[str, int], bandwidths: dict[str, float]) -> Machine:
             switches += grown
     devices = tuple(Device(name, "made-up", 2**34, {"fp32": 1e12}, 1e11) for name in names)
     levels = tuple(Level(name, size) for name, size in sizes.items())
-    graph = DeviceGraph("tree", devices, tuple(switches), tuple(links), levels)
+    graph = Cluster("tree", devices, tuple(switches), tuple(links), levels)
     return Machine(graph, ProfileTable("made-up", Roofline.of_data_sheet(1e12, 1e11)))
 
 

@@ -27,7 +27,7 @@ from planner.cost.collectives import (
     tree_chunks,
 )
 from planner.cost.patterns import double_tree, flip, fold, spread, tree_parent
-from planner.devices import Device, DeviceGraph, Level, Link, PathCost, Router, cluster
+from planner.devices import Cluster, Device, Level, Link, PathCost, Router, cluster
 
 MB = 2**20
 NAMES = ("8xa100-nvlink", "8xk20-pcie", "8xk80-qpi", "4x4-p100-ib100", "4x8-h100-ib400", "16xhmc-torus", "16xhmc-htree")
@@ -37,7 +37,7 @@ def star(size: int, latency_s: float = 1.0, rate: float = 8.0, duplex: str = "fu
     """Ranks on one switch; a message pays two links."""
     devices = tuple(Device(f"gpu{i}", "x", 2**30, {"fp32": 1e12}, 1e11) for i in range(size))
     links = tuple(Link(device.id, "hub", "wire", latency_s / 2, rate, duplex) for device in devices)  # type: ignore[arg-type]
-    graph = DeviceGraph("star", devices, ("hub",), links, (Level("gpu", size),))
+    graph = Cluster("star", devices, ("hub",), links, (Level("gpu", size),))
     return Router(graph, graph.mesh())
 
 
@@ -238,7 +238,7 @@ def test_more_ranks_on_a_switch_never_take_less_time(name: str, num_bytes: int) 
     assert seconds == sorted(seconds)
 
 
-def _cut_bytes_per_s(graph: DeviceGraph, inside: set[str]) -> float:
+def _cut_bytes_per_s(graph: Cluster, inside: set[str]) -> float:
     """The most that can leave a set of devices: the smallest cut of the machine that separates it."""
     flow: networkx.DiGraph[str] = networkx.DiGraph()
     for link in graph.links:
@@ -276,9 +276,7 @@ def test_nothing_beats_the_bandwidth_of_a_cut(name: str) -> None:
 def test_groups_cost_the_same_whoever_is_first(name: str) -> None:
     # both machines look the same from every device; relabelled by one node or row, prices stay
     graph = cluster(name)
-    turned = DeviceGraph(
-        "turned", graph.devices[4:] + graph.devices[:4], graph.switches, graph.links[::-1], graph.levels
-    )
+    turned = Cluster("turned", graph.devices[4:] + graph.devices[:4], graph.switches, graph.links[::-1], graph.levels)
     for axes in ((0,), (1,), (0, 1)):
         for collective in COLLECTIVES.values():
             one, other = (collective(Router(g, g.mesh()), axes, MB) for g in (graph, turned))

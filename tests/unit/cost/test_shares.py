@@ -13,7 +13,7 @@ from torch import nn
 from planner.api import Options, Origin, Planner, machine_of, plan_model, prepare
 from planner.api.comparing import price_plan
 from planner.cost.shares import MAX_WEIGHT, TOLERANCE, whole_numbers
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.library import cluster, equal_devices
 from planner.devices.schema import read_cluster, write_cluster
 from planner.frontend.source import load_model
@@ -32,11 +32,11 @@ def net() -> nn.Module:
     )  # fmt: skip
 
 
-def with_speeds(graph: DeviceGraph, *speeds: float) -> DeviceGraph:
+def with_speeds(graph: Cluster, *speeds: float) -> Cluster:
     return replace(graph, devices=tuple(replace(d, speed=s) for d, s in zip(graph.devices, speeds, strict=True)))
 
 
-def planner_of(graph: DeviceGraph, batch: int, **options: object) -> Planner:
+def planner_of(graph: Cluster, batch: int, **options: object) -> Planner:
     x = torch.empty(batch, *SHAPE, device="meta")
     return prepare(net(), (x,), machine_of(graph), Options(all_devices=True, **options), Origin("net"))  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import networkx
 import pytest
 
-from planner.devices import Device, DeviceGraph, Level, Link, cluster
+from planner.devices import Cluster, Device, Level, Link, cluster
 from planner.errors import FormatError, UnknownNameError, UsageError
 
 
@@ -14,9 +14,9 @@ def device(index: int) -> Device:
     return Device(f"gpu{index}", "x", 2**30, {"fp32": 1e12}, 1e11)
 
 
-def graph(levels: Sequence[Level] = (Level("gpu", 2),), links: Sequence[Link] = ()) -> DeviceGraph:
+def graph(levels: Sequence[Level] = (Level("gpu", 2),), links: Sequence[Link] = ()) -> Cluster:
     pair = Link("gpu0", "gpu1", "wire", 1e-6, 1e9)
-    return DeviceGraph("pair", (device(0), device(1)), (), (*links, pair), tuple(levels))
+    return Cluster("pair", (device(0), device(1)), (), (*links, pair), tuple(levels))
 
 
 def problems(**changes: object) -> dict[str, str]:

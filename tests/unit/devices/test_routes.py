@@ -5,7 +5,7 @@ from collections import Counter
 import networkx
 import pytest
 
-from planner.devices import Device, DeviceGraph, Level, Link, PathCost, Router, cluster
+from planner.devices import Cluster, Device, Level, Link, PathCost, Router, cluster
 from planner.ir.mesh import Mesh
 
 GB = 1e9
@@ -15,9 +15,9 @@ def device(index: int) -> Device:
     return Device(f"gpu{index}", "x", 2**30, {"fp32": 1e12}, 1e11)
 
 
-def flat(num: int, links: list[Link], switches: tuple[str, ...] = ()) -> DeviceGraph:
+def flat(num: int, links: list[Link], switches: tuple[str, ...] = ()) -> Cluster:
     levels = (Level("gpu", num),)
-    return DeviceGraph("flat", tuple(map(device, range(num))), switches, tuple(links), levels)
+    return Cluster("flat", tuple(map(device, range(num))), switches, tuple(links), levels)
 
 
 def router(name: str, mesh: str = "") -> Router:

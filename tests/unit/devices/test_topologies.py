@@ -10,7 +10,7 @@ import pytest
 
 from planner.devices import (
     BusKind,
-    DeviceGraph,
+    Cluster,
     Link,
     NetworkKind,
     Router,
@@ -29,7 +29,7 @@ GB = 1e9
 LEAVES = FatTree(kind="fat_tree", per_switch=4, spines=2, uplink_bandwidth_bytes_per_s=1.25 * GB)
 
 
-def fat_tree(nodes: int = 16, devices: int = 1, card_per: str = "node") -> DeviceGraph:
+def fat_tree(nodes: int = 16, devices: int = 1, card_per: str = "node") -> Cluster:
     """Leaves of 4 cards of 1.25 GB/s, 2 spines: 5 GB/s below a leaf and 2.5 GB/s above."""
     network = network_kinds()["eth10"].model_copy(update={"topology": LEAVES, "card_per": card_per})
     return two_level("leaves", nodes, devices, device_kinds()["t4"], bus_kinds()["pcie3"], network)
@@ -43,11 +43,11 @@ def json_bytes(content: object) -> bytes:
     return json.dumps(content).encode()
 
 
-def torus(size: int) -> DeviceGraph:
+def torus(size: int) -> Cluster:
     return two_level("torus", 1, size, device_kinds()["hmc"], bus_kinds()["torus"])
 
 
-def shape(graph: DeviceGraph) -> dict[str, int]:
+def shape(graph: Cluster) -> dict[str, int]:
     return {level.name: level.size for level in graph.levels}
 
 
@@ -196,7 +196,7 @@ def test_a_topology_that_is_not_known_is_refused_with_its_path() -> None:
         decode(LinkKindsFile, json_bytes({"schema_version": 1, "buses": [entry], "networks": []}), "kinds")
 
 
-def brute_force(graph: DeviceGraph, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def brute_force(graph: Cluster, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Loads by walking every shortest path that networkx lists, split evenly at every branch."""
     joined = graph.nx()
     loads: dict[tuple[str, str], float] = defaultdict(float)
@@ -216,7 +216,7 @@ def brute_force(graph: DeviceGraph, pairs: list[tuple[str, str]]) -> dict[tuple[
 
 
 @pytest.mark.parametrize("graph", MACHINES.values(), ids=MACHINES)
-def test_routes_equal_brute_force_over_all_shortest_paths(graph: DeviceGraph) -> None:
+def test_routes_equal_brute_force_over_all_shortest_paths(graph: Cluster) -> None:
     ids = [device.id for device in graph.devices]
     pairs = list(itertools.permutations(ids, 2))
     expected = pytest.approx(brute_force(graph, pairs))
@@ -235,7 +235,7 @@ def test_routes_equal_brute_force_over_all_shortest_paths(graph: DeviceGraph) ->
 
 
 @pytest.mark.parametrize("graph", MACHINES.values(), ids=MACHINES)
-def test_latencies_equal_those_of_networkx(graph: DeviceGraph) -> None:
+def test_latencies_equal_those_of_networkx(graph: Cluster) -> None:
     ids = [device.id for device in graph.devices]
     joined: networkx.Graph[str] = networkx.Graph()
     for link in graph.links:
@@ -253,7 +253,7 @@ def test_latencies_equal_those_of_networkx(graph: DeviceGraph) -> None:
 
 @pytest.mark.parametrize("pattern", [ring, neighbours])
 @pytest.mark.parametrize("graph", MACHINES.values(), ids=MACHINES)
-def test_what_a_pattern_gets_is_its_share_of_the_fullest_link(graph: DeviceGraph, pattern: object) -> None:
+def test_what_a_pattern_gets_is_its_share_of_the_fullest_link(graph: Cluster, pattern: object) -> None:
     mesh, ids = graph.mesh(), [device.id for device in graph.devices]
     for axes in [(axis,) for axis in range(len(mesh.axes))] + [tuple(range(len(mesh.axes)))]:
         pairs = [
@@ -286,7 +286,7 @@ def test_links_of_different_latency_are_never_mixed_into_one_route() -> None:
     wires = [("gpu0", "a", 1e-7), ("a", "gpu1", 2e-7), ("gpu0", "b", 2e-7), ("b", "gpu1", 1e-7)]
     links = tuple(Link(a, b, "wire", latency_s, GB) for a, b, latency_s in wires)
     two = cluster("2xt4-pcie")
-    graph = DeviceGraph("two ways", two.devices, ("a", "b"), links, two.levels)
+    graph = Cluster("two ways", two.devices, ("a", "b"), links, two.levels)
     assert [share for share, _ in graph.paths.ways("gpu0", "gpu1")] == [0.5, 0.5]
     assert Router(graph, graph.mesh()).ring((0,)).bandwidth_bytes_per_s == 2 * GB
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from planner.devices.graph import DeviceGraph
+from planner.devices.graph import Cluster
 from planner.devices.library import cluster
 from planner.devices.measured import CollectiveKind, CollectivePoint, MeasuredCollective
 from planner.devices.variants import first_devices, with_outer_rate
 from planner.errors import UsageError
 
 
-def rates(graph: DeviceGraph, kind: str) -> set[float]:
+def rates(graph: Cluster, kind: str) -> set[float]:
     return {link.bandwidth_bytes_per_s for link in graph.links if link.kind == kind}
 
 
@@ -87,7 +87,7 @@ def test_what_was_measured_of_links_that_change_or_levels_that_shrink_is_left_ou
     points = (CollectivePoint(1, 1.0, 1.0, 0.0), CollectivePoint(2, 2.0, 2.0, 0.0))
     inner, outer = (MeasuredCollective(CollectiveKind.ALL_REDUCE, (level,), points) for level in ("gpu", "node"))
     plain = cluster("2x2-a100-eth10")
-    machine = DeviceGraph(plain.name, plain.devices, plain.switches, plain.links, plain.levels, (inner, outer))
+    machine = Cluster(plain.name, plain.devices, plain.switches, plain.links, plain.levels, (inner, outer))
     assert with_outer_rate(machine, 1.0).collectives == (inner,)
     assert first_devices(machine, 2).collectives == (inner,)
     assert first_devices(machine, 1).collectives == ()
