@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
     from support.fuzz.targets import TARGETS
 
     for target in (*TARGETS.values(), METADATA):
-        few, stated = (2000, 100_000) if target.name == "plan" else (300, 20_000)
+        few, stated = (2000, 100_000) if target.name == "plan" else (300, 5_000)
         name = "mutated-" + re.sub(r"\W+", "-", target.name.lower())
         yield Case(name, f"mutated file: {target.name}", REFUSED, few, stated, functools.partial(_mutated, target))
     yield Case(
@@ -33,14 +33,14 @@ def cases() -> Iterator[Case]:
         "refused within 30 s of CPU time and 3 GiB of address space", 1, 1, functools.partial(_large, 100),
     )  # fmt: skip
     yield Case(
-        "command-lines", "random command line", "a documented exit code, no traceback", 60, 3000, _command_lines
+        "command-lines", "random command line", "a documented exit code, no traceback", 60, 300, _command_lines
     )  # fmt: skip
     yield Case(
-        "ctrl-c", "Ctrl-C at any moment of `layerwise plan`", "exit code 130; a whole plan or no file", 20, 300,
+        "ctrl-c", "Ctrl-C at any moment of `layerwise plan`", "exit code 130; a whole plan or no file", 20, 40,
         _stopped,
     )  # fmt: skip
     yield Case(
-        "guided", "loader under libFuzzer (atheris): inputs", "as mutated files", 10, 120, _guided
+        "guided", "loader under libFuzzer (atheris): inputs", "as mutated files", 10, 30, _guided
     )  # fmt: skip
 
 
