@@ -279,7 +279,11 @@ class Planner:
                 return found
 
     def so_far(self) -> tuple[Search, Planned] | None:
-        """Return the best plan that a search came by until it was ended, where there is one (`auto` only)."""
+        """Return the best plan that a search came by until it was ended, where there is one (`auto` only).
+
+        Raises:
+            InfeasibleError: all halos are to be recomputed, and that does not fit in memory.
+        """
         found = list(self._found)
         if self.options.solver == "auto":
             finished = {id(search) for search, _ in found}
@@ -291,7 +295,10 @@ class Planner:
         if not found:
             return None
         search, planned = fastest(found)
-        return search, replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
+        planned = replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
+        if self.options.halo_recompute == HaloRecompute.ALWAYS:
+            return self._recomputed(search, planned, [each for each, _ in found])
+        return search, planned
 
     def _best(self) -> tuple[Search, Planned]:
         self._found.clear()

@@ -184,14 +184,26 @@ class Search:
     def with_recomputing(self, planned: Planned, wish: HaloRecompute) -> tuple["Search", Planned]:
         """Return a plan with halos recomputed where that is faster, or told, with the search on its only strategy.
 
-        Where nothing recomputes, or the memory limit would not be obeyed, both are as they were.
+        Where nothing recomputes, or what is faster would not fit in memory, both are as they were.
+
+        Raises:
+            InfeasibleError: what was told does not fit in memory.
         """
         layers = recomputed(self.table, planned.choice, wish, planned.bucket_bytes, self._limit_bytes)
         if not layers:
             return self, planned
         search = Search(with_tiles(self.table, planned.choice, layers)[0], self._limit_bytes, self._limits)
         found = replace(search._planned(planned.solver, (0,) * len(planned.choice)), num_replaced=planned.num_replaced)
-        return (search, found) if search.fits(found) else (self, planned)
+        if search.fits(found):
+            return search, found
+        if wish is HaloRecompute.ALWAYS:
+            raise InfeasibleError(
+                f"with halos recomputed in {len(layers)} layers the plan needs "
+                f"{format_bytes(found.timeline.memory_bytes)} per device, but the limit is "
+                f"{format_bytes(self._limit_bytes or 0)}. Use --halo-recompute auto, more devices, a smaller batch, or "
+                "raise --memory-limit."
+            )
+        return self, planned
 
     def forced(self, choice: Choice) -> Planned:
         """Return the plan of a given choice of splits."""

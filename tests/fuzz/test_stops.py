@@ -63,6 +63,21 @@ def test_a_time_limit_anywhere_gives_a_sound_plan_or_says_that_there_is_none_yet
     assert found.search.lower_bound_s <= found.totals.step_s * (1 + 1e-9)  # of the meshes that were searched
 
 
+def test_halos_that_are_told_to_be_recomputed_are_so_in_a_plan_that_the_time_limit_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut = "--all-devices", "--dims", "height", "--pin", "features.*=height"
+    asked = "plan", "lenet5", "--devices", "2", "--batch", "1", *cut, "--halo-recompute", "always"
+    clock = _Counted()
+    monkeypatch.setattr(deadline, "time", clock)
+    whole = Plan.from_json(layerwise(*asked, "--time-limit", "1e9s").out)
+    monkeypatch.setattr(deadline, "time", _Counted())
+    ran = layerwise(*asked, "--time-limit", f"{clock.now_s * 0.7}s")
+    assert "this is the best plan until then" in ran.err
+    recomputing = whole.only_stage.recomputing()
+    assert recomputing == Plan.from_json(ran.out).only_stage.recomputing() == {"features.0", "features.2", "features.3"}
+
+
 WRITER = """
 import json, sys
 from pathlib import Path

@@ -10,6 +10,7 @@ from planner.cost.model import CostModel, Settings
 from planner.cost.simulate import simulated_step_s
 from planner.cost.table import CostTable
 from planner.devices.library import cluster
+from planner.errors import InfeasibleError
 from planner.ir.dimension import Dimension
 from planner.ir.graph import Layer, LayerGraph, Parameter
 from planner.ir.ops import BatchNorm, Conv, Elementwise, Input, Op, Output, Pool, Redistribute
@@ -19,6 +20,7 @@ from planner.ir.split import LayerId, Split
 from planner.ir.tensor import TensorSpec
 from planner.profile.roofline import Roofline
 from planner.profile.table import ProfileTable
+from planner.search.auto import Search
 from planner.search.formulate import formulate
 from planner.search.problem import Choice
 from planner.search.recompute import HaloRecompute, recomputed, tile_space, with_tiles
@@ -131,6 +133,19 @@ def test_a_tile_is_what_the_readers_of_a_rank_read() -> None:
     assert recomputed(table, choice, HaloRecompute.NEVER, BUCKET) == frozenset()
     every = recomputed(table, choice, HaloRecompute.ALWAYS, BUCKET)
     assert every == set(convs[:-1]) | {x.id for x in graph.layers if x.op.kind == "pool"}
+
+
+def test_halos_that_were_told_to_be_recomputed_but_do_not_fit_are_an_error_and_not_an_exchange() -> None:
+    table, choice = table_of(chain(), 1e12)
+    plain = Search(table, None).forced(choice)
+    _, wide = Search(table, None).with_recomputing(plain, HaloRecompute.ALWAYS)
+    assert wide.timeline.memory_bytes > plain.timeline.memory_bytes
+    search = Search(table, plain.timeline.memory_bytes)
+    with pytest.raises(InfeasibleError, match=r"halos recomputed in 6 layers .* Use --halo-recompute auto"):
+        search.with_recomputing(plain, HaloRecompute.ALWAYS)
+    for wish in (HaloRecompute.AUTO, HaloRecompute.NEVER):
+        found, planned = search.with_recomputing(plain, wish)
+        assert found.fits(planned)
 
 
 def test_statistics_over_space_and_other_splits_end_a_run() -> None:
