@@ -296,7 +296,7 @@ class Planner:
             return None
         search, planned = fastest(found)
         planned = replace(planned, lower_bound_s=min(each.lower_bound_s for _, each in found))
-        if self.options.halo_recompute == HaloRecompute.ALWAYS:
+        if HaloRecompute(self.options.halo_recompute) is HaloRecompute.ALWAYS:
             return self._recomputed(search, planned, [each for each, _ in found])
         return search, planned
 
