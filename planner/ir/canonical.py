@@ -16,8 +16,9 @@ from planner.errors import FormatError, UsageError
 from planner.units import MIB
 
 MAX_FILE_BYTES: Final = 64 * MIB  # a guard against the wrong file; a plan of 10,000 layers has 10 MiB
-MAX_VALUES: Final = 2**21
-"""Of a file, likewise: a plan of 10,000 layers has 250,000. A value in three bytes takes a hundred in memory."""
+MAX_VALUES: Final = 2**20
+"""Of a file, likewise: a plan of 10,000 layers has 250,000. A value in three bytes takes a hundred in memory, and once
+more for every missing key of an object around it, of which pydantic puts a copy into each error: up to 1.8 KB."""
 MAX_KEYS: Final = 10_000
 """Of one object."""
 _EXACT_INTEGERS: Final = 2**53  # above, a float no longer tells neighbouring integers apart

@@ -7,7 +7,7 @@ import numpy as np
 
 from support.fuzz.lines import commands, line, written, wrong
 
-COUNT = 3000 if os.environ.get("LAYERWISE_FULL") else 25
+COUNT = 3000 if os.environ.get("LAYERWISE_FULL") else 8
 
 
 def test_random_command_lines_end_with_a_documented_code(tmp_path: Path) -> None:

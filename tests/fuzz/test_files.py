@@ -21,7 +21,7 @@ FULL = bool(os.environ.get("LAYERWISE_FULL"))
 PLANS = 100_000 if FULL else 500
 OTHERS = 20_000 if FULL else 100
 ACCEPTED = 1000 if FULL else 20
-SCHEMA_EXAMPLES = 2000 if FULL else 25
+SCHEMA_EXAMPLES = 2000 if FULL else 10
 
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), METADATA], ids=lambda target: target.name)

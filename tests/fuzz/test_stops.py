@@ -15,8 +15,8 @@ from support.command_line import ROOT, layerwise
 from support.fuzz.stops import PLAN, stopped
 
 FULL = bool(os.environ.get("LAYERWISE_FULL"))
-STOPS = 60 if FULL else 3
-LIMITS = 60 if FULL else 4
+STOPS = 60 if FULL else 2
+LIMITS = 60 if FULL else 2
 
 
 @pytest.mark.parametrize("number", range(1, STOPS + 1))
@@ -98,7 +98,7 @@ def test_processes_that_write_and_read_one_profile_at_the_same_time_see_whole_fi
     shared, environment = tmp_path / "shared" / "profile.json", {**os.environ, "PYTHONPATH": str(ROOT)}
     shared.parent.mkdir()
     started = []
-    for number in range(8 if FULL else 3):
+    for number in range(8 if FULL else 2):
         own = tmp_path / f"{number}.json"
         own.write_bytes(TARGETS["device profile"].good()[0])
         command = [sys.executable, "-c", WRITER, str(shared), str(own), "200" if FULL else "30"]

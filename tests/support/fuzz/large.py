@@ -1,14 +1,14 @@
-"""Files that are too large, too deep, or have too much in them: ``python -m support.fuzz.large FOLDER`` reads each.
+"""Files that are too large, too deep, or have too much in them: ``python -m support.fuzz.large FOLDER MIB ...``.
 
-Run in a process of its own, whose memory is limited: what needs more fails as ``MemoryError``. Prints a line of JSON
-for each file: its name and size, how it ended, seconds of CPU time and the peak of the process until then.
+Reads them in a process of its own, whose memory is limited: what needs more fails as ``MemoryError``. Prints a line of
+JSON for each file: its name and size, how it ended, seconds of CPU time and the peak of the process until then.
 """
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from support.fuzz.campaign import HangError, limited, peak_mib
@@ -21,14 +21,14 @@ MOST_CPU_S = 30.0
 MIB = 2**20
 
 
-def files(scale: int) -> Iterator[tuple[str, str, bytes]]:
+def files(scale: float) -> Iterator[tuple[str, str, bytes]]:
     """Yield name, kind and content of each file; ``scale`` in MiB."""
     plan = json.dumps(document())
 
     def filled(place: str, item: str, count: int) -> bytes:
         return plan.replace(place, place + f"{item}, " * count, 1).encode()
 
-    many = scale * MIB
+    many = int(scale * MIB)
     yield "only zeros", "plan", b"\0" * many
     yield "only spaces", "plan", b" " * many
     yield "one number", "plan", b"1" * many
@@ -68,9 +68,9 @@ def read(target: Target, raw: bytes, path: Path) -> str:
     return "accepted"
 
 
-def main(folder: Path, scale: int, say: Callable[[str], None] = print) -> None:
+def main(folder: Path, scales: Sequence[float], say: Callable[[str], None] = print) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
-    for name, kind, raw in files(scale):
+    for name, kind, raw in (file for scale in scales for file in files(scale)):
         target, start_s = TARGETS[kind], time.process_time()
         ended = read(target, raw, folder / f"file{target.suffix}")
         seconds = round(time.process_time() - start_s, 2)
@@ -79,4 +79,4 @@ def main(folder: Path, scale: int, say: Callable[[str], None] = print) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), [float(text) for text in sys.argv[2:]])
