@@ -22,6 +22,7 @@ from runtime.comm.groups import ProcessGroups
 from runtime.comm.staging import communicator_of
 from runtime.evaluation import Evaluation, evaluation_plan, lower_evaluation
 from runtime.feed import input_layouts
+from runtime.lowering.idle import Idle
 from runtime.lowering.lower import Lowering, communication_axes
 from runtime.module import ParallelModule, keep_hooks
 from runtime.parameters.local import broadcast_state, held, refuse_differing_models
@@ -176,6 +177,8 @@ def lower_as(
     modes = {name: original.training for name, original in model.named_modules()}
     for name, part in module.named_modules():
         part.training = modes.get(name, model.training)
+        if isinstance(part, Idle):
+            part.count_in(module)
     keep_hooks(module, model)
     module._choose_graph()
     return module

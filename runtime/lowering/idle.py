@@ -1,5 +1,6 @@
 """A layer that this rank has no part in: other ranks run it."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -26,25 +27,32 @@ class Idle(nn.Module):
         layer: the layer.
         num_inputs: that it reads.
         num_parameters: of the layer, of which this rank has empty parts; they stand behind the inputs.
+        counters: names of the layer's buffers that count passes in training; they stand behind the parameters.
         casting: what autocast does to the model's tensors: messages have the type in which the result is computed.
         state: of the step; knows the type of the parameters.
     """
 
     def __init__(
         self, shape: tuple[int, ...], layer: Layer, num_inputs: int, num_parameters: int,
-        casting: Casting, state: StepState,
+        counters: Sequence[str], casting: Casting, state: StepState,
     ) -> None:  # fmt: skip
         super().__init__()
         self._shape, self._count, self._num_parameters = shape, num_inputs, num_parameters
         self._id, self._output = layer.id, layer.output
+        self._counters: tuple[str, ...] = tuple(counters)
+        self._counting: tuple[nn.Module, ...] = ()
         self._casting, self._state = casting, state
         operators = [layer.op, *(part.op for part in layer.absorbed)]
         self._ends_gradient = any(isinstance(op, ir.Elementwise) and op.function == "detach" for op in operators)
 
+    def count_in(self, model: nn.Module) -> None:
+        """Count passes only where what has the counter is in training itself: a batch norm may be frozen."""
+        self._counting = tuple(model.get_submodule(name.rpartition(".")[0]) for name in self._counters)
+
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         behind = self._count + self._num_parameters
-        if self.training:
-            for counter in tensors[behind:]:
+        for owner, counter in zip(self._counting, tensors[behind:], strict=False):  # evaluation has no owners
+            if owner.training:
                 counter.add_(1)
         types = self._casting.types(tensors[0].device.type, self._state.dtype)
         dtype = types.of(self._id, self._output)

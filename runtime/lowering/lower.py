@@ -135,7 +135,7 @@ class Lowering(Operators):
         trained = [name for name, tensor in read.items() if isinstance(tensor, nn.Parameter)]
         counters = [name for name, tensor in read.items() if name.endswith(COUNTER) and not tensor.dim()]
         module = Idle(self._layouts[layer.id].output.region(self._state.communicator.position).shape, layer,
-                      len(layer.inputs), len(trained), self._casting, self._state)  # fmt: skip
+                      len(layer.inputs), len(trained), counters, self._casting, self._state)  # fmt: skip
         name = self._add(f"idle.{identifier(layer.id)}", module)
         with self._graph.inserting_before(last):
             tensors = [self._graph.get_attr(each) for each in (*trained, *counters)]

@@ -1,12 +1,15 @@
 """Branches on ranks of their own equal one device, in training and evaluation."""
 
+import copy
 import os
 
 import pytest
 import torch
+from torch import nn
 
 from planner.frontend.lower import TracedModel
 from runtime.data import own_samples
+from runtime.lowering.idle import Idle
 from runtime.module import ParallelModule
 from support.branching import NETWORKS, assert_equals_one_device, branched_plan, built, inputs_of, random_plan, scalar
 from support.equality import run_ranks
@@ -37,3 +40,27 @@ def test_idle_ranks_know_the_types_of_what_others_compute_under_autocast() -> No
 
     run_ranks(lambda: built("volumes"), plan, work)
     assert types == {"pool": [torch.float32] * 2, "plain.0": [torch.bfloat16] * 2}
+
+
+@pytest.mark.parametrize("is_frozen_first", [True, False])
+def test_a_frozen_batch_norm_counts_on_no_rank(is_frozen_first: bool) -> None:
+    plan = branched_plan("inception", {"one.0": 0, "pool.0": 1, "pool.1.0": 1})
+    (inputs,) = inputs_of("inception")
+
+    def frozen(model: nn.Module) -> nn.Module:
+        for name in ("one.1", "pool.1.1"):
+            model.get_submodule(name).eval()
+        return model
+
+    alone = frozen(built("inception").train())
+    alone(inputs)
+    expected = {name: buffer for name, buffer in alone.named_buffers() if not buffer.dim()}
+    assert [expected[f"{name}.num_batches_tracked"] for name in ("one.1", "pool.1.1", "stem.1")] == [1, 1, 2]
+
+    def work(net: ParallelModule, _traced: TracedModel, position: int) -> None:
+        found = copy.deepcopy(net if is_frozen_first else frozen(net.train()))
+        found(inputs[own_samples(plan, plan.mesh.ranks[position])])
+        assert {name: buffer for name, buffer in found.named_buffers() if not buffer.dim()} == expected
+        assert any(isinstance(part, Idle) for part in found.modules())
+
+    run_ranks(lambda: frozen(built("inception")) if is_frozen_first else built("inception"), plan, work)
