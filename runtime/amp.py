@@ -18,6 +18,13 @@ class _Nothing:
         """Update nothing."""
 
 
+class _InTurn:
+    """Stands for an optimizer in one of the turns of a batch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups, self.step = optimizer.param_groups, optimizer.step
+
+
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` whose ranks agree on whether a gradient overflowed.
 
@@ -28,8 +35,9 @@ class GradScaler(torch.amp.GradScaler):
     ``scaler.step(optimizer)``, ``scaler.update()``; every rank makes the same calls.
 
     Args:
-        net: the parallel module that is trained, or the pipeline: ``net.step(..., scale=scaler.scale)``. On a rank
-            whose stages have no parameters, and so no optimizer, ``step`` and ``unscale_`` get None.
+        net: the parallel module that is trained, or the pipeline: ``net.step(..., scale=scaler.scale)``; or the
+            variable batch: ``net.step(..., scaler=scaler)``. On a rank whose stages have no parameters, and so no
+            optimizer, ``step`` and ``unscale_`` get None.
         options: those of ``torch.amp.GradScaler``; ``device`` is that of the module unless given.
     """
 
@@ -38,6 +46,21 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(**{"device": device.type, **options})
         self._net, self._place = net, device
         self._nothing: Any = _Nothing()
+        self._turns: list[_InTurn] = []
+
+    def step_in_turn(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step on the gradients that there are, as ``step``, but any number of times between two calls of ``update``.
+
+        A step whose gradients overflowed is left out, the others are made; the scale follows from all of them.
+        """
+        turn: Any = _InTurn(optimizer)
+        self._turns.append(turn)  # torch's notes are by identity, which has to last until `update`
+        super().step(turn)
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """Update the scale; as of torch's."""
+        super().update(new_scale)
+        self._turns.clear()
 
     def step(self, optimizer: torch.optim.Optimizer | None, *args: Any, **kwargs: Any) -> float | None:
         """Step, unless a gradient of any rank overflowed; as of torch's."""

@@ -21,6 +21,7 @@ from planner.ir.turns import Scheme, turns
 from planner.plan.halves import Half, halves
 from planner.plan.schema import Plan
 from runtime.agreement import start_together
+from runtime.amp import GradScaler
 from runtime.comm.communicator import Communicator
 from runtime.comm.groups import ProcessGroups
 from runtime.comm.staging import communicator_of
@@ -182,7 +183,12 @@ class VariableBatch(HeldStages):
         return self.held_stages[1]
 
     def step(
-        self, *inputs: Any, target: Any = None, optimizer: Optimizer | None = None, **keywords: Any
+        self,
+        *inputs: Any,
+        target: Any = None,
+        optimizer: Optimizer | None = None,
+        scaler: GradScaler | None = None,
+        **keywords: Any,
     ) -> torch.Tensor:
         """Do forward and backward of one batch; every rank must call it, with its own samples.
 
@@ -197,15 +203,20 @@ class VariableBatch(HeldStages):
             inputs: of the model; this rank's samples.
             target: a tensor, or tensors in tuples, lists and dicts, likewise. Without one, ``loss_fn`` gets the output.
             optimizer: over ``parameters()``; it must leave parameters alone whose ``grad`` is None, as torch's do.
+            scaler: of the loss, for fp16. With an optimizer it updates here as well: an update whose gradients overflow
+                on any rank is left out on all, the scale changes behind the batch. Without one the caller calls its
+                ``step`` and ``update``.
             keywords: inputs of the model that are passed by name.
 
         Returns:
             The mean loss over the batch of all ranks, equal on all of them; a scalar tensor.
 
         Raises:
+            UsageError: the scaler is none of ``runtime``, whose ranks agree.
             MismatchError: a rank has no samples, or other numbers of targets and of inputs.
             RunError: a rank died or hangs.
         """
+        updates = _Updates(optimizer, scaler)
         counts = self._counts((*inputs, *keywords.values()), target)
         rounds = turns(self.scheme, counts, self.num_turns)
         if optimizer is not None:
@@ -216,7 +227,7 @@ class VariableBatch(HeldStages):
         for k, (x, wanted) in enumerate(self._handed_over(features.detach(), target, rounds)):
             sizes = [b - a for a, b in rounds[k]]
             share = sum(sizes) / sum(counts)
-            loss = self._turn(x.requires_grad_(gradient is not None), wanted, share, optimizer, k == len(rounds) - 1)
+            loss = self._turn(x.requires_grad_(gradient is not None), wanted, share, updates, k == len(rounds) - 1)
             total = total + loss * share
             if gradient is not None:
                 _take(gradient, returning)
@@ -227,20 +238,18 @@ class VariableBatch(HeldStages):
         if gradient is not None:
             _take(gradient, returning)
             features.backward(gradient)
-        if optimizer is not None:
-            optimizer.step()
+        updates.step()
+        updates.end()
         return total
 
-    def _turn(
-        self, x: torch.Tensor, target: Any, share: float, optimizer: Optimizer | None, is_last: bool
-    ) -> torch.Tensor:
+    def _turn(self, x: torch.Tensor, target: Any, share: float, updates: "_Updates", is_last: bool) -> torch.Tensor:
         """Do forward and backward of the linear layers on a turn's samples; return their mean loss."""
         # without updates what is reduced, behind the last turn, is the sum over all of them
-        with nullcontext() if optimizer is not None or is_last else self.linear.no_sync():
+        with nullcontext() if updates.in_turns or is_last else self.linear.no_sync():
             loss = self._loss(x, target)
-            (loss * share if optimizer is None else loss).backward()
-        if optimizer is not None:
-            optimizer.step()
+            updates.scaled(loss if updates.in_turns else loss * share).backward()
+        updates.step()
+        if updates.in_turns:
             self.linear.zero_grad()
         return loss.detach()
 
@@ -307,6 +316,36 @@ class VariableBatch(HeldStages):
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """Raise: the linear layers work in turns."""
         raise UsageError("a variable batch has no forward(): call step(...) to train, and evaluate(...) for the output")
+
+
+class _Updates:
+    """Who updates parameters in the turns of a batch, if anybody does, and how losses are scaled."""
+
+    def __init__(self, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise UsageError("the scaler must be a runtime.GradScaler(net): with torch's own, ranks skip updates alone")
+        self._optimizer, self._scaler = optimizer, scaler
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether parameters are updated here."""
+        return self._optimizer is not None
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return what backward begins with."""
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def step(self) -> None:
+        """Update what has gradients."""
+        if self._optimizer is not None and self._scaler is not None:
+            self._scaler.step_in_turn(self._optimizer)
+        elif self._optimizer is not None:
+            self._optimizer.step()
+
+    def end(self) -> None:
+        """Let the scale follow from what the turns came by."""
+        if self._optimizer is not None and self._scaler is not None:
+            self._scaler.update()
 
 
 def _has_samples(value: Any) -> bool:

@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from planner.api import Options, Origin, machine_of, prepare
 from planner.errors import MismatchError, UsageError
+from planner.ir.split import LayerId
 from planner.ir.turns import Scheme
 from planner.plan import Plan
+from runtime.amp import GradScaler
 from runtime.variable import VariableBatch, number_of_turns, variable_batch
 from support.variable_batches import on_threads, simulate
 
@@ -152,6 +154,57 @@ def test_with_updates_in_turns_it_is_a_simulation_of_its_definition(
         return mine, after(net, gradients=False)
 
     assert_equal(on_threads(build, plan, work, scheme, count), losses, expected)
+
+
+class SkipsSecond(torch.optim.SGD):
+    """Leaves its second step out."""
+
+    def step(self, *arguments: Any) -> None:  # type: ignore[override]  # it is called without a closure
+        self.count = getattr(self, "count", 0) + 1
+        if self.count != 2:
+            super().step(*arguments)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_with_a_scaled_loss_all_ranks_leave_out_the_turn_that_overflows_on_one(overflows: bool) -> None:
+    expected, update, shares = build(), partial(torch.optim.SGD, lr=0.1, momentum=0.9), (5, 7)
+    linear = partial(SkipsSecond, lr=0.1, momentum=0.9) if overflows else update
+    front = nn.Sequential(expected.features, nn.Flatten())
+    losses = simulate(front, expected.classifier, batches(), shares, "c", 3, (update, linear))
+
+    def work(net: VariableBatch, rank: int) -> tuple[list[float], dict[str, Any]]:
+        optimizer, scaler = update(net.parameters()), GradScaler(net, init_scale=2.0**10, growth_interval=100)
+        (weight,) = (p for name, p in net.linear.named_parameters() if name.endswith("classifier.0.weight"))
+        turn = iter(range(100))
+        if overflows and rank == 1:
+            weight.register_hook(lambda g: g * torch.inf if next(turn) == 1 else g)
+        mine = [
+            float(net.step(own(x, shares, rank), target=own(target, shares, rank), optimizer=optimizer, scaler=scaler))
+            for x, target in batches()
+        ]
+        assert scaler.get_scale() == (2.0**9 if overflows else 2.0**10)
+        return mine, after(net, gradients=False)
+
+    plan = plan_of(2)
+    assert "out_channel" in plan.strategy[LayerId("classifier.0")].dimensions  # a piece each: one rank sees it
+    assert_equal(on_threads(build, plan, work, "c", 3), losses, expected)
+
+
+def test_a_scaled_loss_without_updates_in_turns_is_that_of_the_caller() -> None:
+    (x, target), *_ = batches()
+    expected = build()
+    functional.cross_entropy(expected(x), target).backward()
+
+    def work(net: VariableBatch, rank: int) -> tuple[list[float], dict[str, Any]]:
+        optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.0), GradScaler(net, init_scale=2.0**10)
+        with pytest.raises(UsageError, match=r"must be a runtime\.GradScaler"):
+            net.step(x, target=target, scaler=torch.amp.GradScaler("cpu"))  # type: ignore[arg-type]  # what is tested
+        net.step(own(x, (6, 6), rank), target=own(target, (6, 6), rank), scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        return [], after(net, gradients=True)
+
+    assert_equal(on_threads(build, plan_of(2), work, "c", None), [], expected)
 
 
 def test_two_axes_and_batches_of_other_sizes() -> None:
