@@ -48,10 +48,11 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as usual."""
+        state: set[int] = self._state
         saved: list[torch.Tensor] = []
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage()._cdata not in self._state:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:  # autograd keeps it: with self in it, nothing would be freed
+            if tensor.untyped_storage()._cdata not in state:
                 saved.append(tensor)
             return tensor
 
@@ -59,6 +60,7 @@ class _Replay(fx.Interpreter):
             value = super().run_node(n)
         if n.op != "output":
             n.meta.update(val=value, saved=tuple(saved))
+        saved.clear()
         return value
 
 

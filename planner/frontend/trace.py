@@ -231,11 +231,11 @@ class _Tracer(fx.Tracer):
 
     def record(self, root: nn.Module) -> fx.Graph:
         """Trace a module; every node's ``meta["saved"]`` holds what autograd keeps for its backward."""
-        state = {t.untyped_storage()._cdata for _, t in _tensors(root)}
+        state, saved = {t.untyped_storage()._cdata for _, t in _tensors(root)}, self._saved
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:  # autograd keeps it: with self in it, nothing would be freed
             if tensor.untyped_storage()._cdata not in state:
-                self._saved.append(tensor)
+                saved.append(tensor)
             return tensor
 
         with (
@@ -244,7 +244,9 @@ class _Tracer(fx.Tracer):
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
-            return self.trace(root)
+            graph = self.trace(root)
+        saved.clear()
+        return graph
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The only file that uses autograd's private ``queue_callback`` (as DistributedDat
 runs when a backward pass has ended.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -21,6 +22,21 @@ T = TypeVar("T")
 
 MAX_IN_FLIGHT: Final = 2
 """Buckets whose memory is only there during backward; a further one waits for the first of them."""
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a hook of a tensor that does not keep its owner alive, which holds the tensor.
+
+    Python's collector does not see the hooks of a tensor, so the two would never be freed.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def hook(gradient: Tensor) -> None:
+        owned = weak()
+        if owned is not None:
+            owned(gradient)
+
+    return hook
 
 
 class Reducer:
@@ -70,9 +86,9 @@ class Reducer:
         for _, parameter, _ in parameters:
             if id(parameter) not in self._hooked:
                 self._hooked.add(id(parameter))
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                parameter.register_post_accumulate_grad_hook(_weakly(self._on_gradient))
                 if id(parameter) in self._shards:
-                    parameter.register_hook(self._shards[id(parameter)].forget_dropped)
+                    parameter.register_hook(_weakly(self._shards[id(parameter)].forget_dropped))
         self._buckets.clear()
         self._place.clear()
         keyed = [self._keyed(parameter, axes) for _, parameter, axes in parameters]
