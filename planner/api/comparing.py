@@ -1,7 +1,7 @@
 """Strategies beside each other, and plans priced again."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from planner.profile.key import LocalLayer
 from planner.report import tables
 from planner.search.auto import SEARCHING, Planned, Search
 from planner.search.recompute import with_tiles
-from planner.space.enumerate import SearchSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +241,14 @@ def price_plan(plan: Plan, machine: Machine) -> Priced:
 def price_with(planner: Planner, plan: Plan) -> Priced:
     """Return what a plan costs in the space of a planner of the same model; raises as ``price_plan``.
 
-    A plan whose shares are not among the few that a search tries is priced in a space of its own.
+    Shares of the plan that are not among the few that a search tries, such as those of branches, join that space.
     """
     mesh = _mesh_on(plan, planner.machine.graph)
     strategy = {layer: _on_axes(mesh, split) for layer, split in plan.strategy.items()}
-    table = planner.table(mesh)
-    known = table.space.splits
-    if any(split.shares and split not in known[layer] for layer, split in strategy.items()):
-        splits = {layer: (split,) for layer, split in strategy.items()}
-        space = SearchSpace(planner.traced.layers, mesh, planner.io(mesh), splits)
-        table = CostTable.of(space, planner.cost_model(mesh))
+    space = planner.space(mesh)
+    more = {layer: split for layer, split in strategy.items() if split.shares and split not in space.splits[layer]}
+    splits = {layer: (*known, more[layer]) if layer in more else known for layer, known in space.splits.items()}
+    table = CostTable.of(replace(space, splits=splits), planner.cost_model(mesh))
     try:
         choice = table.choice(strategy)
     except ValueError as error:

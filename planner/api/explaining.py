@@ -13,23 +13,37 @@ from planner.cost.table import CostTable
 from planner.errors import UnknownNameError, UsageError
 from planner.ir.split import LayerId, Split
 from planner.plan.schema import Plan
-from planner.search.alternatives import Around, Explanation, Flip, Standing, least
+from planner.search.alternatives import Around, Explanation, Flip, Placed, Standing, least
 from planner.search.formulate import formulate
+from planner.search.placed import placed_branches
 from planner.space.enumerate import DEFAULT_DIMENSIONS
 
 FACTORS = (2, 4, 8, 16, 32, 64)
 """By which links are made faster and slower, and the batch larger and smaller, until another split wins."""
 
 
-def standings(plan: Plan, machine: Machine) -> tuple[Standing, ...]:
-    """Return for every layer of a plan the best other split while no other layer changes.
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What could be otherwise in a plan.
+
+    Attributes:
+        standings: every layer with the best other split while no other layer changes.
+        placed: regions whose branches run at the same time.
+    """
+
+    standings: tuple[Standing, ...]
+    placed: tuple[Placed, ...]
+
+
+def overview(plan: Plan, machine: Machine) -> Overview:
+    """Return what could be otherwise in a plan, layer by layer and region by region.
 
     Raises:
         UsageError: it is a pipeline.
         LayerwiseError: as ``planner.api.price_plan``.
     """
     _, found = _around(plan, machine)
-    return tuple(found.standings())
+    return Overview(tuple(found.standings()), tuple(placed_branches(found)))
 
 
 def explain(
@@ -62,7 +76,8 @@ def explain(
     wins = tuple(_Changes(planner, among, plan).flips(name, progress)) if flips else ()
     step_s = simulated_step_s(among.table, among.choice, among.bucket_bytes)
     found = among.alternatives(name, progress)
-    return Explanation(name, graph[name].op.kind, among.tied(name), step_s, found, wins)
+    placed = tuple(own for own in placed_branches(among) if own.place_of(name) is not None)
+    return Explanation(name, graph[name].op.kind, among.tied(name), step_s, found, wins, placed)
 
 
 def _around(plan: Plan, machine: Machine) -> tuple[Planner, Around]:

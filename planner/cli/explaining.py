@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from planner.cli.tracing import Target, machine_of_plan, note_other_machine
 from planner.report import differences, explanation
 
 if TYPE_CHECKING:
-    from planner.search.alternatives import Explanation
+    from planner.search.alternatives import Explanation, Placed
 
 SHOWN = 12
 """Alternatives, unless all are asked for."""
@@ -35,7 +36,7 @@ def explain(
     The model is built from its source, which runs its code.
     """
     from planner.api.explaining import explain as explained
-    from planner.api.explaining import refuse_pipelined, standings
+    from planner.api.explaining import overview, refuse_pipelined
 
     found = read_plan(path)
     refuse_pipelined(found)
@@ -45,13 +46,15 @@ def explain(
         terminal.err.print("note: halos that the plan recomputes are explained as if they were exchanged")
     if layer is None:
         with terminal.working("explaining all layers", silent=as_json):
-            rows = standings(found, machine)
+            seen = overview(found, machine)
+        rows = seen.standings
         if as_json:
             typer.echo(
                 json.dumps([{**asdict(row), "split": str(row.split), "other": _text(row.other)} for row in rows])
             )
             return
         terminal.out.print(rendered(explanation.standings(rows, found.totals.step_s)))
+        _print_placed(seen.placed, terminal)
         if found.num_ranks == 1:
             terminal.out.print("The plan is for one device: no layer has another split.")
         return
@@ -65,6 +68,14 @@ def explain(
     terminal.out.print()
     for sentence in explanation.sentences(result, most):
         terminal.out.print(sentence)
+    _print_placed(result.placed, terminal)
+
+
+def _print_placed(regions: "Sequence[Placed]", terminal: Terminal) -> None:
+    for region in regions:
+        terminal.out.print()
+        terminal.out.print(rendered(explanation.placed(region)))
+        terminal.out.print(explanation.placed_sentence(region))
 
 
 def diff(
@@ -91,6 +102,8 @@ def _document(found: "Explanation") -> dict[str, Any]:
     for each, alternative in zip(document["alternatives"], found.alternatives, strict=True):
         each["split"] = str(alternative.split)
         each["followed_s"] = None if math.isinf(alternative.followed_s) else alternative.followed_s
+    for each, placed in zip(document["placed"], found.placed, strict=True):
+        each["spread_s"] = None if math.isinf(placed.spread_s) else placed.spread_s
     for each, flip in zip(document["flips"], found.flips, strict=True):
         each["split"] = str(flip.split)
     return document

@@ -8,7 +8,7 @@ from planner.report.tables import EQUAL, Table, percent
 from planner.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from planner.search.alternatives import Alternative, Explanation, Standing
+    from planner.search.alternatives import Alternative, Explanation, Placed, Standing
 
 NEVER = "does not fit"
 
@@ -45,6 +45,11 @@ def sentences(found: "Explanation", most: int) -> Iterator[str]:
     hidden = len(found.alternatives) - most
     if hidden > 0:
         yield f"{hidden} further splits, all with longer steps, are left out (--all)."
+    for region in found.placed:
+        place = region.place_of(found.layer)
+        if place is not None:
+            beside = ", ".join(other.where for other in region.places if other is not place)
+            yield f"Only {place.where} computes it; {beside}: other branches at the same time ({region.region})."
     others = found.alternatives[1:]
     if not others:
         yield "It has no other legal split."
@@ -69,6 +74,30 @@ def standings(rows: Sequence["Standing"], step_s: float) -> Table:
         for row in rows
     )
     return Table("Layers and their next best splits", ("layer", "operator", "planned", "next best", "step"), cells, 4)
+
+
+def placed(found: "Placed") -> Table:
+    """Return what each device computes alone of a region, beside the others."""
+    rows = tuple(
+        (
+            place.where,
+            ", ".join(place.branches),
+            str(len(place.layers)),
+            format_seconds(place.compute_s),
+            format_seconds(place.idle_s),
+        )
+        for place in found.places
+    )
+    title = f"At the same time: {found.region}"
+    return Table(title, ("devices", "branches, by their first layers", "layers", "compute", "idle"), rows, num_text=2)
+
+
+def placed_sentence(found: "Placed") -> str:
+    """Return what running branches at the same time gains over computing each of them on all devices."""
+    every = "With every layer of them on all devices, and the rest planned around that, the step"
+    if math.isinf(found.spread_s):
+        return f"{every} would not fit in memory."
+    return f"{every} would take {format_seconds(found.spread_s, 5)}, {_longer(found.spread_s, found.step_s)}."
 
 
 def _reason(planned: "Alternative", others: Sequence["Alternative"]) -> str:

@@ -89,6 +89,47 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A coordinate of a mesh axis, and what it computes alone of a region.
+
+    Attributes:
+        where: axis and coordinate, such as ``gpu=0``.
+        branches: their first layers.
+        layers: of all of them.
+        compute_s: of a step.
+        idle_s: how much less that is than the busiest coordinate's.
+    """
+
+    where: str
+    branches: tuple[LayerId, ...]
+    layers: tuple[LayerId, ...]
+    compute_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A region whose branches run at the same time.
+
+    Attributes:
+        region: in words.
+        places: by coordinate.
+        step_s: of the strategy.
+        spread_s: the simulated step if all devices compute every layer of the region together, and all other layers
+            are planned around it; inf where nothing fits in memory.
+    """
+
+    region: str
+    places: tuple[Place, ...]
+    step_s: float
+    spread_s: float
+
+    def place_of(self, layer: LayerId) -> Place | None:
+        """Return where a layer is computed alone; None where all devices do."""
+        return next((place for place in self.places if layer in place.layers), None)
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """The alternatives of one layer of a plan.
 
@@ -98,6 +139,7 @@ class Explanation:
         step_s: of the plan, on the machine that it is explained for.
         alternatives: the planned one first, then by what the step would be at best.
         flips: what would have to change; empty where nothing that was tried does it.
+        placed: regions whose branches run at the same time, the layer on some of the devices.
     """
 
     layer: LayerId
@@ -106,6 +148,7 @@ class Explanation:
     step_s: float
     alternatives: tuple[Alternative, ...]
     flips: tuple[Flip, ...]
+    placed: tuple[Placed, ...] = ()
 
     @property
     def planned(self) -> Alternative:

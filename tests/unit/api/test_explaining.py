@@ -9,7 +9,7 @@ import pytest
 
 from planner.api import Machine, Origin, example_inputs, machine_of, plan_model
 from planner.api.comparing import planner_of
-from planner.api.explaining import FACTORS, explain, standings
+from planner.api.explaining import FACTORS, explain, overview
 from planner.api.planning import Planner
 from planner.cost.simulate import simulated_step_s
 from planner.cost.table import CostTable
@@ -85,7 +85,7 @@ def test_the_planned_split_is_first_and_its_parts_are_those_of_the_plan(plan: Pl
 
 
 def test_the_next_best_split_of_every_layer_is_that_of_the_shortest_step(plan: Plan, machine: Machine) -> None:
-    for row in standings(plan, machine):
+    for row in overview(plan, machine).standings:
         others = explain(plan, machine, row.layer, flips=False).alternatives[1:]
         assert (row.other is None) == (not others)
         if others:

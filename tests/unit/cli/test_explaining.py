@@ -84,6 +84,41 @@ def test_plans_that_differ_and_take_the_same_are_not_called_faster(folder: Path,
     assert "buckets" in ran.out
 
 
+TOWERS = """
+from torch import nn
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(3))) for _ in range(2))
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+
+def build():
+    return Towers()
+"""
+
+
+def test_branches_at_the_same_time_are_explained_with_the_devices_that_are_idle(tmp_path: Path) -> None:
+    (tmp_path / "towers.py").write_text(TOWERS)
+    plan, asked = tmp_path / "plan.json", ("--input", "256,16,16", "--cluster", "2xk20-pcie", "--batch", "1")
+    assert layerwise("plan", f"{tmp_path}/towers.py:build", *asked, "--all-devices", "-o", plan).code == 0
+    ran = layerwise("explain", plan)
+    assert "At the same time: 2 branches from x to add" in ran.out
+    rows = {line.split()[0]: line.split()[1:] for line in ran.out.splitlines() if line.startswith("gpu=")}
+    assert {where: row[:2] for where, row in rows.items()} == {"gpu=0": ["one.0", "3"], "gpu=1": ["two.0", "3"]}
+    assert "with every layer of them on all devices" in ran.out.lower()
+    ran = layerwise("explain", plan, "two.1", "--all")
+    assert "Only gpu=1 computes it; gpu=0: other branches at the same time (2 branches from x to add)." in ran.out
+    assert "gpu=out_channel" in ran.out
+    found = json.loads(layerwise("explain", plan, "two.1", "--json").out)
+    assert [place["where"] for place in found["placed"][0]["places"]] == ["gpu=0", "gpu=1"]
+    assert found["placed"][0]["spread_s"] > found["step_s"]
+
+
 def test_a_plan_for_one_device_has_nothing_to_explain(tmp_path: Path) -> None:
     assert layerwise("plan", "lenet5", "--devices", "1", "-o", tmp_path / "plan.json").code == 0
     assert "The plan is for one device: no layer has another split." in layerwise("explain", tmp_path / "plan.json").out

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from planner.cost.simulate import simulate, simulated_step_s
 from planner.cost.table import CostTable
 from planner.ir.branches import fork_join_regions
+from planner.search.alternatives import Around, least
 from planner.search.auto import BUCKET_BYTES, Search
 from planner.search.branches import (
     Assignment,
@@ -26,6 +27,7 @@ from planner.search.branches import (
 from planner.search.dual import bound_chain
 from planner.search.formulate import formulate
 from planner.search.partition import fullest, partitioned
+from planner.search.placed import placed_branches
 from support.tables import forked_table
 
 ROUNDING = 1 + 1e-9
@@ -169,6 +171,27 @@ def placed(table: CostTable, coordinates: dict[int, int]) -> CostTable:
     (region,) = fork_join_regions(table.space.graph)
     of = {i: c for b, c in coordinates.items() for i in region.branches[b]}
     return CostTable.of(assigned_space(table.space, [Assignment(region, 0, of, 0.0)]), table.model)
+
+
+def test_what_runs_beside_what_is_said_with_what_it_gains() -> None:
+    known: CostTable = TABLES["two"]()
+    alone, names = placed(known, {0: 0, 1: 1}).space.splits, [layer.id for layer in known.space.graph.layers]
+    splits = {name: tuple(dict.fromkeys((*own, *alone[name]))) for name, own in known.space.splits.items()}
+    table = CostTable.of(replace(known.space, splits=splits), known.model)
+    (region,) = fork_join_regions(table.space.graph)
+    choice = tuple(splits[n].index(alone[n][0]) if i in region.layers else whole(table, i) for i, n in enumerate(names))
+    (found,) = placed_branches(Around(table, choice, formulate(table), BUCKET_BYTES[-1]))
+    seconds = [sum(compute_s(table.layers[i][choice[i]]) for i in branch) for branch in region.branches]
+    assert [place.where for place in found.places] == ["gpu=0", "gpu=1"]
+    assert [place.layers for place in found.places] == [tuple(names[i] for i in own) for own in region.branches]
+    assert [place.compute_s for place in found.places] == pytest.approx(seconds)
+    assert [place.idle_s for place in found.places] == pytest.approx([max(seconds) - own for own in seconds])
+    assert found.step_s == simulated_step_s(table, choice, BUCKET_BYTES[-1])
+    spread = least(known, formulate(known), {}, BUCKET_BYTES[-1])
+    assert spread is not None
+    assert found.spread_s == spread[0]
+    everywhere = tuple(whole(table, i) for i in range(len(names)))
+    assert list(placed_branches(Around(table, everywhere, formulate(table), BUCKET_BYTES[-1]))) == []
 
 
 def whole(table: CostTable, i: int) -> int:
