@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import typer
 
 from planner.cli.main import app
-from support import pages
+from support import pages, typed
+from support.command_line import layerwise
 
 PAGES = pages.pages()
 QUICK = ("README.md", "planner/docs/how_it_chooses.md")
@@ -89,3 +91,27 @@ def test_commands_print_what_their_page_shows(page: Path, tmp_path: Path, monkey
         return
     for each, printed in pairs:
         assert each.is_what(printed), f"{each.command}: write it anew with {WRITES}=1\n" + "\n".join(printed)
+
+
+def test_every_command_of_a_page_runs_somewhere_or_says_why_it_does_not() -> None:
+    commands = {command for page in PAGES for command in typed.typed(page)}
+    assert [start for start in typed.never() if not any(each.startswith(start) for each in commands)] == []
+    assert sorted({*typed.ELSEWHERE, *typed.SMALLER} - commands - {"layerwise demo"}) == []
+    for file, text in typed.ELSEWHERE.values():
+        assert text in (pages.ROOT / file).read_text(), file
+    measured = {each.command for page in PAGES for each in pages.shown(page) if not each.is_fixed}
+    assert sorted(measured - commands - set(typed.ELSEWHERE)) == []
+    for command in (each for page in PAGES for each in typed.runs(page)):
+        assert re.match(r"(sudo python|python|torchrun|bash|layerwise) ", command), f"{command}: what runs it?"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(typed.quick, typed.runs(page)))], ids=pages.name)
+def test_commands_of_a_page_that_start_no_process_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(pages.ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for command in filter(None, map(typed.quick, [*typed.given(page), *typed.runs(page)])):
+        ran = layerwise(*shlex.split(command)[1:])
+        assert ran.code == 0, f"{command}\n{ran.err}"

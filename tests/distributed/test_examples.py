@@ -21,6 +21,7 @@ from planner.frontend import zoo
 from planner.plan import Plan
 from runtime.decomposition import Decomposition, Recipe, Settings, fit
 from runtime.launch import run_local
+from support import pages, typed
 from support.command_line import layerwise
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -70,7 +71,7 @@ def folder(tmp_path: Path, host_cache: Path) -> Path:
 
 def run(command: list[str], folder: Path, exit_code: int = 0) -> str:
     """Return what a command prints."""
-    name, *arguments = command
+    name, *arguments = command if command[0] != "sudo" else command[1:]
     environment = os.environ | ENVIRONMENT | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "XDG_CACHE_HOME": str(folder / "cache"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PORT": str(free_port()),
@@ -83,6 +84,15 @@ def run(command: list[str], folder: Path, exit_code: int = 0) -> str:
         f"{shlex.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
     return done.stdout
+
+
+@pytest.mark.skipif(not os.environ.get("LAYERWISE_FULL"), reason="run with LAYERWISE_FULL=1")
+@pytest.mark.parametrize("page", [page for page in pages.pages() if typed.runs(page)], ids=pages.name)
+def test_commands_of_a_page_run_a_smaller_size_where_they_take_long(page: Path, folder: Path) -> None:
+    for command in (*typed.given(page), *typed.runs(page)):
+        words = shlex.split(typed.SMALLER.get(command, "{}").format(command))
+        if words[0] != "sudo" or os.geteuid() == 0:
+            run(words, folder)
 
 
 def test_the_training_script_learns_the_digits_under_a_plan_made_for_it(folder: Path) -> None:
