@@ -11,8 +11,8 @@ ELSEWHERE = {
     "pip install . && layerwise demo": (".ci/run", "layerwise demo"),
     "layerwise demo": (".ci/run", "layerwise demo"),
     "pip install -e '.[dev]' && pytest -n auto": (".ci/run", "pytest -q -n auto"),
-    "python -m examples.benchmarks.coverage --sample": (".ci/run", "models=(--sample)"),
-    "sudo python -m examples.benchmarks.faults --full": (".ci/run", "python -m examples.benchmarks.faults --full"),
+    "python -m examples.benchmarks.coverage --sample": (".ci/run", "python -m examples.benchmarks.coverage --sample"),
+    "sudo python -m examples.benchmarks.faults --full": (".ci/full", "python -m examples.benchmarks.faults --full"),
     "layerwise run plan.json --launcher ray": (
         "tests/unit/runtime/test_ray.py",
         '"run", "p.json", "--launcher", "ray"',
