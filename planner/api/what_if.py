@@ -35,6 +35,11 @@ class Case:
         """The devices of the machine."""
         return len(self.machine.graph.devices)
 
+    @property
+    def num_whole(self) -> int:
+        """The devices of the machine that this one is made of."""
+        return round(self.num_devices / self.share)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -10,7 +10,7 @@ import typer
 
 from planner.cli.cases import WhatIf
 from planner.cli.options import Asked, Timed, counts
-from planner.cli.planning import prepared, refuse_unwritable
+from planner.cli.planning import note_uneven, prepared, refuse_unwritable
 from planner.cli.racing import raced, refuse_unraceable
 from planner.cli.terminal import Rendered, Terminal, rendered
 from planner.errors import UsageError
@@ -120,6 +120,7 @@ def _compared(
     cases = what_if.cases(asked, machines)
     prices = what_if.prices_per_h(asked, machines)
     planner = prepared(asked, terminal, on=(cases[0].machine, cases[0].batch))
+    note_uneven([(case.batch, case.num_devices) for case in cases], terminal)
     rows: list[comparison.CaseRow] = []
 
     def begin(case: "Case") -> None:
@@ -132,9 +133,8 @@ def _compared(
         row = _row(outcome, prices.get(outcome.case.cluster), what_if.samples_per_epoch)
         if timed is not None and outcome.comparison is not None:
             say("running strategies")
-            row = replace(
-                row, race=comparison.Race(raced(outcome.comparison, timed, terminal), timed.steps, timed.warmup)
-            )
+            ran = raced(outcome.comparison, timed, terminal, outcome.case.num_whole)
+            row = replace(row, race=comparison.Race(ran, timed.steps, timed.warmup))
         rows.append(row)
         for name, why in row.missing:
             terminal.err.print(f"note: {name} found nothing: {why}")

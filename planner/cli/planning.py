@@ -1,7 +1,7 @@
 """``plan``; and what every command that plans asks and refuses."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,7 +86,7 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "", on: "tuple[Mac
         asked: the request.
         terminal: for notes.
         command: what was typed, for the plan's provenance.
-        on: machine and batch, where they are not those of the request.
+        on: machine and batch of the first of several cases, where they are not those of the request.
 
     Raises:
         LayerwiseError: a part of the request is wrong, or the model cannot be traced.
@@ -110,8 +110,8 @@ def prepared(asked: Asked, terminal: Terminal, command: str = "", on: "tuple[Mac
     shapes, named = asked.inputs_of(model.input_shapes)
     num_ranks = len(machine.graph.devices)
     batch = batch or asked.batch_size() or SAMPLES_PER_DEVICE * num_ranks
-    if batch % num_ranks:
-        terminal.err.print(f"note: {_uneven(batch, num_ranks)}")
+    if on is None:
+        note_uneven([(batch, num_ranks)], terminal)
     inputs = example_inputs(shapes, batch)
     keywords = dict(zip(named, example_inputs(tuple(named.values()), batch), strict=True))
     origin = Origin(model.name, model.source, arguments, command)
@@ -123,13 +123,16 @@ def _say_changes(changes: Sequence[str], console: "Console") -> None:
         console.print(sentence)
 
 
-def _uneven(batch: int, num_ranks: int) -> str:
-    if batch < num_ranks:
-        return f"batch {batch} has fewer samples than the machine has devices, {num_ranks}"
-    return (
-        f"batch {batch} does not divide by {num_ranks} devices: where samples are split over all "
-        "of them, some get one more than others"
-    )
+def note_uneven(cases: Iterable[tuple[int, int]], terminal: Terminal) -> None:
+    """Say of batches and numbers of devices where the samples cannot be split evenly."""
+    for batch, num_ranks in dict.fromkeys(cases):
+        if batch < num_ranks:
+            terminal.err.print(f"note: batch {batch} has fewer samples than the machine has devices, {num_ranks}")
+        elif batch % num_ranks:
+            terminal.err.print(
+                f"note: batch {batch} does not divide by {num_ranks} devices: where samples are split over all of "
+                "them, some get one more than others"
+            )
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -55,8 +55,14 @@ def refuse_unraceable(name: str | None, devices: int | None) -> None:
     refuse_too_many(count, "compare --measure")
 
 
-def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced, ...]:
+def raced(found: "Comparison", timed: Timed, terminal: Terminal, num_devices: int) -> tuple[Raced, ...]:
     """Run the strategies that fit and that the runtime takes, a step of each in turn; one job for each number of ranks.
+
+    Args:
+        found: the strategies.
+        timed: how many steps.
+        terminal: for warnings.
+        num_devices: of the whole machine: a process has as many threads as beside that many, also where fewer run.
 
     Raises:
         RunError: a process failed or was not done in time.
@@ -71,7 +77,9 @@ def raced(found: "Comparison", timed: Timed, terminal: Terminal) -> tuple[Raced,
     for plan, reason in zip(plans, reasons, strict=True):
         if not reason:
             jobs.setdefault(plan.mesh.size, {})[plan.digest] = plan
-    samples = {digest: steps for job in jobs.values() for digest, steps in _run(job, timed, terminal).items()}
+    samples = {
+        digest: steps for job in jobs.values() for digest, steps in _run(job, timed, terminal, num_devices).items()
+    }
     rows = []
     for plan, row, reason in zip(plans, found.rows, reasons, strict=True):
         same = first.get(plan.digest, row.solver)
@@ -89,7 +97,7 @@ def _reason(plan: "Plan", fits: bool) -> str:
     return ""
 
 
-def _run(plans: dict[str, "Plan"], timed: Timed, terminal: Terminal) -> dict[str, list[float]]:
+def _run(plans: dict[str, "Plan"], timed: Timed, terminal: Terminal, num_devices: int) -> dict[str, list[float]]:
     from planner.measure.host import threads_per_rank
     from runtime.launch import run_local
 
@@ -108,7 +116,7 @@ def _run(plans: dict[str, "Plan"], timed: Timed, terminal: Terminal) -> dict[str
     }
     (samples, *_) = run_local(
         "runtime.training:race", argument, num_ranks=size, timeout_s=timed.timeout,
-        threads_per_rank=threads_per_rank(size),
+        threads_per_rank=threads_per_rank(num_devices),
     )  # fmt: skip
     assert isinstance(samples, dict)
     return samples

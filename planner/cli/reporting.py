@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from planner.cli.options import counts
-from planner.cli.planning import refuse_unwritable
+from planner.cli.planning import note_uneven, refuse_unwritable
 from planner.cli.reading import PlanPath, read_plan
 from planner.cli.terminal import Terminal
 from planner.cli.tracing import Target, machine_of_plan, note_other_machine
@@ -95,6 +95,7 @@ def report(
 
     machine = machine_of_plan(found, target)
     note_other_machine(found, machine, terminal)
+    note_uneven([(found.batch, count) for count in sorted(devices)], terminal)
     with terminal.working(f"reporting on {found.model.name}") as say:
         text = reported(
             found, machine, measured=measured, trace=timeline.ranks, trace_facts=timeline.facts, scale=devices,

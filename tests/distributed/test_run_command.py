@@ -152,9 +152,11 @@ def test_a_pipeline_is_refused_by_another_number_of_ranks_and_by_compare(monkeyp
 
 def test_compare_runs_every_strategy_that_can_be_run_and_says_of_the_others_why_not() -> None:
     asked = ("compare", "lenet5", "--cluster", "local-2", "--batch", "8", "--dims", "sample,height", "--json")
-    done = layerwise(*asked, "--mesh", "cpu=2", "--solver", "dp", "--measure", "--steps", "3", "--warmup", "1")
+    done = layerwise(*asked, "--scale", "1,2", "--all-devices", "--solver", "dp", "--measure", "--steps", "3")
     assert done.code == 0, done.err
-    found = json.loads(done.out)
+    alone, found = json.loads(done.out)["cases"]
+    assert [case["devices"] for case in (alone, found)] == [1, 2]
+    assert all(row["measured_s"] > 0 for row in alone["measured"]["strategies"] if not row["note"])
     rows = {(row["name"], row["is_planned"]): row for row in found["measured"]["strategies"]}
     assert [row["name"] for row in found["strategies"]] == [name for name, _ in rows]
     data = rows["data", False]

@@ -222,8 +222,8 @@ timeline(VIEW);
 memory();
 traffic();
 strategies();
-byId("scaling-chart").append(DATA.scaling ? scalingChart(DATA.scaling)
-  : element("p", {}, "With --scale 1,2,4,8 the same batch is planned for so many devices of the machine, and a curve stands here."));
+if (DATA.scaling) byId("scaling-chart").append(scalingChart(DATA.scaling), element("p", { class: "help" }, "The same batch on the first devices of the machine, planned in one stage for each number of them."));
+else byId("scaling-chart").append(element("p", {}, "With --scale 1,2,4,8 the same batch is planned for so many devices of the machine, and a curve stands here."));
 accuracy();
 navigation();
 document.documentElement.dataset.ready = "yes";

@@ -121,11 +121,12 @@ def test_csv_on_stdout_has_the_figures_of_json(scaling: tuple[dict[str, Any], li
 
 
 def test_a_case_without_a_plan_is_a_row_and_the_only_case_an_error() -> None:
-    limit = ("--memory-limit", "3MiB", "--batch", "16,4096")
+    limit = ("--memory-limit", "3MiB", "--batch", "15,4097")
     ran = layerwise("compare", *MODEL, "--devices", "2", *limit)
     assert ran.code == 0, ran.err
     assert "no plan" in ran.out
-    assert "batch 4096: no plan. " in ran.out
+    assert "batch 4097: no plan. " in ran.out
+    assert [f"note: batch {batch} does not divide by 2" in ran.error for batch in (15, 4097)] == [True, True]
     alone = layerwise("compare", *MODEL, "--devices", "2", "--memory-limit", "3MiB", "--batch", "4096")
     assert alone.code == 3
 
