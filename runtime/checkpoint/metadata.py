@@ -10,8 +10,9 @@ import pickle  # nosec B403  # restricted below
 from pathlib import Path, PurePath
 from typing import Any, Final
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 from planner.errors import UsageError
 
@@ -43,6 +44,33 @@ class _Restricted(pickle._Unpickler):  # the one in Python: that in C takes memo
         return getattr(importlib.import_module(module), name)
 
 
+def _missing(metadata: Metadata) -> str:
+    """Return what metadata does not say that it has to; a changed byte may rename, lose or retype any of its values."""
+    tensors, places = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
+    if not isinstance(tensors, dict) or not isinstance(places, dict):
+        return "it has no tensors, or no places of these"
+    for key, described in tensors.items():
+        if isinstance(described, BytesStorageMetadata):
+            continue
+        dtype = getattr(getattr(described, "properties", None), "dtype", None)
+        chunks = getattr(described, "chunks", None)
+        sizes = [getattr(described, "size", None)]
+        if isinstance(chunks, list):
+            sizes += [getattr(chunk, name, None) for chunk in chunks for name in ("offsets", "sizes")]
+        is_whole = isinstance(dtype, torch.dtype) and isinstance(chunks, list) and all(map(_are_counts, sizes))
+        if not isinstance(key, str) or not is_whole:
+            return f"shape, type or pieces of {key!r} are not there"
+    for index, place in places.items():
+        numbers = tuple(getattr(place, name, None) for name in ("offset", "length"))
+        if not isinstance(getattr(place, "relative_path", None), str) or not _are_counts(numbers):
+            return f"the place of {getattr(index, 'fqn', index)!r} is not there"
+    return ""
+
+
+def _are_counts(numbers: object) -> bool:
+    return isinstance(numbers, tuple) and all(isinstance(n, int) and n >= 0 for n in numbers)
+
+
 class SafeReader(FileSystemReader):
     """Reads a checkpoint from a folder; metadata that names other code or files elsewhere is refused."""
 
@@ -59,7 +87,9 @@ class SafeReader(FileSystemReader):
         found = _Restricted(io.BytesIO(path.read_bytes())).load()
         if not isinstance(found, Metadata):
             raise UsageError(f"{path} describes no checkpoint but a {type(found).__name__}")
-        for info in (found.storage_data or {}).values():
+        if missing := _missing(found):
+            raise UsageError(f"{path} is damaged: {missing}")
+        for info in found.storage_data.values():
             if (
                 PurePath(info.relative_path).name != info.relative_path
                 or (path.parent / info.relative_path).is_symlink()

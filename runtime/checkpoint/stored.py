@@ -104,7 +104,7 @@ class Stored:
 
     def _refuse_damage(self) -> None:
         needed: dict[str, int] = {}
-        for info in (self._metadata.storage_data or {}).values():
+        for info in self._metadata.storage_data.values():
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
         for name, size in sorted(needed.items()):
             path = self._path / name
