@@ -27,7 +27,8 @@ class Options:
         time_limit_s: for the search, which then gives the best plan until there; what it goes through is otherwise
             decided by counts. Pipelines look at it between their candidates only.
         constraints: on single layers.
-        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``.
+        parameter_sharding: ``none``, ``optimizer`` or ``full``, see ``planner.cost.sharding``; if None ``none``,
+            or what the fixed strategy that is the solver stands for.
         halo_overlap: ``auto``: halo exchanges run beside computation where that is predicted to be faster; or
             ``always``, or ``never``.
         shares: ``auto``: where devices are not equally fast, pieces in proportion to their speeds are tried too; or
@@ -52,7 +53,7 @@ class Options:
     mesh: str | None = None
     time_limit_s: float = 60.0
     constraints: Constraints = NO_CONSTRAINTS
-    parameter_sharding: Literal["none", "optimizer", "full"] = "none"
+    parameter_sharding: Literal["none", "optimizer", "full"] | None = None
     halo_overlap: Literal["auto", "always", "never"] = "auto"
     shares: Literal["auto", "equal"] = "auto"
     halo_recompute: Literal["auto", "always", "never"] = "auto"

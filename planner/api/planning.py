@@ -121,10 +121,28 @@ class Planner:
             self.options.constraints.refuse_unknown(self.traced.layers, self.meshes(), levels)
 
     def meshes(self) -> list[Mesh]:
-        """Return the candidate meshes over all devices: the one asked for, or whole levels and their factorings."""
+        """Return the candidate meshes over all devices: whole levels and their factorings; or the one asked for.
+
+        Raises:
+            UsageError: the one asked for is none of this machine, or not of all devices.
+        """
         if self.options.mesh is not None:
-            return [self.machine.graph.parse_mesh(self.options.mesh)]
+            return [self._given_mesh(self.options.mesh)]
         return whole_meshes(self.machine.graph)
+
+    def _given_mesh(self, text: str) -> Mesh:
+        """Return ``--mesh``.
+
+        Raises:
+            UsageError: the machine has none such, or it leaves devices out where all are asked for.
+        """
+        mesh, count = self.machine.graph.parse_mesh(text), len(self.machine.graph.devices)
+        if self.options.all_devices and mesh.size < count:
+            raise UsageError(
+                f"--mesh {text} uses {mesh.size} of {count} devices, but --all-devices asks for all: leave one of them "
+                "out"
+            )
+        return mesh
 
     def fewer_meshes(self) -> list[tuple[Counts, Mesh]]:
         """Return the candidate meshes over fewer devices, and how many devices of each level they use."""
@@ -167,8 +185,9 @@ class Planner:
     def sharding(self) -> ParameterSharding:
         """How parameters are held: as asked for, or as the fixed strategy that is the solver holds them."""
         rule = FIXED.get(self.options.solver)
-        asked = ParameterSharding(self.options.parameter_sharding)
-        return rule.sharding or asked if rule is not None else asked
+        if rule is not None and rule.sharding is not None:
+            return rule.sharding
+        return ParameterSharding(self.options.parameter_sharding or ParameterSharding.NONE)
 
     def table(self, mesh: Mesh) -> CostTable:
         """Return the priced search space on a mesh."""
@@ -484,6 +503,7 @@ def prepare(
         TraceError: the model cannot be traced.
     """
     _refuse_unknown(options)
+    _refuse_other_sharding(options)
     inputs = [*example_inputs, *example_keywords.values()]
     if not inputs or not inputs[0].dim() or inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
@@ -515,7 +535,7 @@ def _refuse_unknown(options: Options) -> None:
     """
     for kind, name, known in (
         ("solver", options.solver, SOLVERS),
-        ("parameter sharding", options.parameter_sharding, ParameterSharding),
+        ("parameter sharding", options.parameter_sharding or "none", ParameterSharding),
         ("shares", options.shares, ("auto", "equal")),
         ("choice of branches", options.branches, ("auto", "none")),
         ("halo overlap", options.halo_overlap, HaloOverlap),
@@ -523,6 +543,20 @@ def _refuse_unknown(options: Options) -> None:
     ):
         if name not in tuple(known):
             raise UnknownNameError(kind, name, [str(each) for each in known])
+
+
+def _refuse_other_sharding(options: Options) -> None:
+    """Check that parameters may be held as the fixed strategy that is the solver holds them.
+
+    Raises:
+        UsageError: it is asked for another way.
+    """
+    rule, asked = FIXED.get(options.solver), options.parameter_sharding
+    if rule is not None and rule.sharding is not None and asked not in {None, rule.sharding.value}:
+        raise UsageError(
+            f"--solver {options.solver} stands for --parameter-sharding {rule.sharding}, so that it cannot be {asked}: "
+            "leave one of them out"
+        )
 
 
 def _refuse_pipeline(options: Options) -> None:
@@ -537,7 +571,7 @@ def _refuse_pipeline(options: Options) -> None:
         raise UsageError(f"--stages {options.stages}: give auto, or a number of at least 1")
     if options.stages == 1 and (options.schedule is not None or options.microbatches is not None):
         raise UsageError("--schedule and --microbatches are of a pipeline: add --stages auto, or a number")
-    if options.parameter_sharding != ParameterSharding.NONE.value and options.schedule in {
+    if options.parameter_sharding not in {None, ParameterSharding.NONE.value} and options.schedule in {
         *CYCLIC_NAMES, ScheduleKind.ZERO_BUBBLE.value,
     }:  # fmt: skip
         raise UsageError(

@@ -156,9 +156,11 @@ class Asked(AskedModel):
         ),
     ] = None
     parameter_sharding: Annotated[
-        Literal["none", "optimizer", "full"],
-        typer.Option(help="Cut optimizer state, or parameters and gradients too, over ranks (ZeRO, FSDP)."),
-    ] = "none"
+        Literal["none", "optimizer", "full"] | None,
+        typer.Option(
+            help="Cut optimizer state, or parameters and gradients too, over ranks (ZeRO, FSDP). None but with fsdp."
+        ),
+    ] = None
     halo_overlap: Annotated[
         Literal["auto", "always", "never"],
         typer.Option(help="Exchange border rows beside computation: where that is predicted to be faster, or as told."),

@@ -112,6 +112,7 @@ def _model_line(plan: Plan, may_import: bool) -> str:
     from planner.api import layer_graph
     from planner.models import ENTRIES
     from planner.plan.check import refuse_other_model
+    from planner.plan.obeyed import refuse_disobeyed_constraints
     from planner.plan.stages import graphs_of
 
     name, source = plan.model.name, plan.model.source
@@ -119,10 +120,15 @@ def _model_line(plan: Plan, may_import: bool) -> str:
         return f"model: not checked, because {source or name!r} is no shipped model; --model builds it"
     layers = layer_graph(plan)
     if plan.is_pipelined:
-        graphs_of(plan, layers)
-        return f"model: {name} has these layers, can be cut into these stages, and every split is legal"
+        refuse_disobeyed_constraints(plan, graphs_of(plan, layers))
+        return f"model: {name} has these layers, can be cut into these stages, and every split is legal{_obeyed(plan)}"
     refuse_other_model(plan, layers)
-    return f"model: {name} has these layers, and every split is legal"
+    refuse_disobeyed_constraints(plan, [layers])
+    return f"model: {name} has these layers, and every split is legal{_obeyed(plan)}"
+
+
+def _obeyed(plan: Plan) -> str:
+    return " and as the constraints say" if plan.search.constraints else ""
 
 
 def _machine_line(plan: Plan, wanted: str | None) -> str:

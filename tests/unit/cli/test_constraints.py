@@ -7,6 +7,7 @@ import pytest
 
 from planner.devices import cluster, write_cluster
 from planner.plan import Plan
+from planner.plan.schema import ConstraintPart
 from support.command_line import layerwise
 
 SMALL = ("lenet5", "--cluster", "2x2-a100-eth10", "--batch", "16")
@@ -52,12 +53,47 @@ def test_pins_forbids_and_ties_reach_the_plan_and_are_written_in_it(tmp_path: Pa
         (("--pin", "classifier.0=height"), 3, "layer 'classifier.0' (linear) has no legal split left"),
         (("--pin", "classifier.0=height"), 3, "Legal are node: sample, out_channel, in_channel"),
         (("--parameter-sharding", "all"), 2, "--parameter-sharding"),
+        (("--solver", "fsdp", "--parameter-sharding", "none"), 2, "stands for --parameter-sharding full"),
+        (("--mesh", "node=2,gpu=1", "--all-devices"), 2, "--mesh node=2,gpu=1 uses 2 of 4 devices"),
     ],
 )
 def test_what_means_nothing_or_is_illegal_is_refused(option: tuple[str, ...], code: int, words: str) -> None:
     ran = layerwise("plan", *SMALL, *option)
     assert (ran.code, ran.out) == (code, "")
     assert words in ran.error
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("pin", "classifier.0=out_channel", "layer 'classifier.0' is split as"),
+        ("forbid", "features.*=sample", "layer 'features.0' is split as"),
+        ("tie", "classifier.*", "layers 'classifier.0' and 'classifier.4' are split as"),
+    ],
+)
+def test_check_holds_splits_against_the_constraints_of_the_plan(
+    kind: str, text: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    asked = (
+        "--solver",
+        "data",
+        "--mesh",
+        "node=2,gpu=2",
+        "--pin",
+        "classifier.4=replicate",
+        "--pin",
+        "features.*=sample",
+    )
+    assert layerwise("plan", *SMALL, *asked, "-o", path).code == 0
+    assert "every split is legal and as the constraints say" in layerwise("check", path).out
+    plan = Plan.load(path)
+    search = plan.search.model_copy(update={"constraints": [ConstraintPart(kind=kind, text=text)]})  # type: ignore[arg-type]  # one of three
+    plan.model_copy(update={"search": search}).save(path)
+    ran = layerwise("check", path)
+    assert ran.code == 2
+    assert words in ran.error
+    assert f"made under --{kind} {text}" in ran.error
 
 
 @pytest.fixture
