@@ -10,7 +10,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.crew import NO_OTHERS, Crew, slowest
+from planner.cost.crew import NO_OTHERS, Crew, Worker, slowest
 from planner.cost.halo import HaloOverlap
 from planner.cost.memory import LayerBytes, Optimizer, layer_bytes, update_passes
 from planner.cost.sharding import ParameterSharding, largest_gathers, whole_bytes
@@ -223,45 +223,35 @@ class CostModel:
         times: dict[object, LayerTime] = {}
         found = []
         for split in splits:
+            own = lies.layouts(split)
+            plain = lies.layouts(replace(split, tiles=())) if split.tiles else None
             if split.shares:
-                found.append(self._slowest(layer, lies.layouts(split)))
+                found.append(self._slowest(layer, own, plain))
                 continue
-            local = self._local(layer, lies.layouts(split))
-            piece = _LOCAL_VALUES(local)
+            local, untiled = self._local(layer, own), self._local(layer, plain) if plain else None
+            piece = _LOCAL_VALUES(local), _LOCAL_VALUES(untiled) if untiled else ()
             if piece not in times:
-                times[piece] = self._time(layer, split, local)
+                times[piece] = slowest([_time(worker, local, untiled) for worker in self.crew.different])
             found.append(times[piece])
         return found
 
-    def _slowest(self, layer: Layer, found: LayerLayouts) -> LayerTime:
-        """Return the compute of a layer whose pieces differ: of the rank that takes longest, forward and backward."""
+    def _slowest(self, layer: Layer, found: LayerLayouts, plain: LayerLayouts | None) -> LayerTime:
+        """Return the compute of a layer whose pieces differ: of the rank that takes longest, forward and backward.
+
+        Args:
+            layer: the layer.
+            found: its layouts.
+            plain: those without tiles, where it has any.
+        """
         times: dict[object, LayerTime] = {}
         for position, worker in enumerate(self.crew.workers):
             if not found.output.is_idle(position):
                 local = self._local(layer, found, position)
-                key = worker, _LOCAL_VALUES(local)
+                untiled = self._local(layer, plain, position) if plain else None
+                key = worker, _LOCAL_VALUES(local), _LOCAL_VALUES(untiled) if untiled else ()
                 if key not in times:
-                    times[key] = worker.time(local)
+                    times[key] = _time(worker, local, untiled)
         return slowest(tuple(times.values()))
-
-    def _time(self, layer: Layer, split: Split, local: LocalLayer) -> LayerTime:
-        """Return the time of a piece; of a tile that was not measured, that of the piece by the ratio of estimates.
-
-        What a tile takes longer is held against what messages take: the error of an estimate must not look like it.
-        """
-        own = self.crew.time(local)
-        if not split.tiles or own.source is Source.MEASURED:
-            return own
-        plain = self.local(layer, replace(split, tiles=()))
-        found = self.crew.time(plain)
-        if found.source is not Source.MEASURED:
-            return own
-        large, small = self.profile.estimate(local), self.profile.estimate(plain)
-        return replace(
-            found,
-            forward_s=found.forward_s * (large.forward_s / small.forward_s if small.forward_s else 1.0),
-            backward_s=found.backward_s * (large.backward_s / small.backward_s if small.backward_s else 1.0),
-        )
 
     def _cost(
         self, layer: Layer, found: LayerLayouts, time: LayerTime, carried: Sequence[bool], crew: Crew
@@ -374,6 +364,30 @@ class CostModel:
         row_bytes = (2 * rows + 1) * DType.FLOAT32.item_bytes
         forward = self.pricer.all_gather(axes, row_bytes * math.prod(self.mesh.shape[a] for a in axes))
         return forward, self.pricer.all_reduce(axes, 2 * rows * DType.FLOAT32.item_bytes)
+
+
+def _time(worker: Worker, local: LocalLayer, untiled: LocalLayer | None) -> LayerTime:
+    """Return the time of a piece; of a tile that was not measured, that of the piece by the ratio of estimates.
+
+    What a tile takes longer is held against what messages take: the error of an estimate must not look like it.
+
+    Args:
+        worker: that computes it.
+        local: the piece.
+        untiled: the piece without the tile, where it is one.
+    """
+    own = worker.time(local)
+    if untiled is None or own.source is Source.MEASURED:
+        return own
+    found = worker.time(untiled)
+    if found.source is not Source.MEASURED:
+        return own
+    large, small = worker.profile.estimate(local), worker.profile.estimate(untiled)
+    return replace(
+        found,
+        forward_s=found.forward_s * (large.forward_s / small.forward_s if small.forward_s else 1.0),
+        backward_s=found.backward_s * (large.backward_s / small.backward_s if small.backward_s else 1.0),
+    )
 
 
 def _carriers(graph: LayerGraph) -> dict[str, LayerId]:

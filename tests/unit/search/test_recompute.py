@@ -19,7 +19,7 @@ from planner.ir.rules import InputOutput
 from planner.ir.split import LayerId, Split
 from planner.ir.tensor import TensorSpec
 from planner.profile.roofline import Roofline
-from planner.profile.table import ProfileTable
+from planner.profile.table import Measurement, ProfileTable, Source
 from planner.search.auto import Search
 from planner.search.formulate import formulate
 from planner.search.problem import Choice
@@ -146,6 +146,31 @@ def test_halos_that_were_told_to_be_recomputed_but_do_not_fit_are_an_error_and_n
     for wish in (HaloRecompute.AUTO, HaloRecompute.NEVER):
         found, planned = search.with_recomputing(plain, wish)
         assert found.fits(planned)
+
+
+def test_tiles_in_shares_take_what_their_pieces_were_measured_at_times_the_ratio_of_estimates() -> None:
+    table, choice = table_of(chain(), 1e12)
+    graph, mesh, model = table.space.graph, table.space.mesh, table.model
+    layer, even = graph[LayerId("conv6")], Split.of(mesh, (Dimension.HEIGHT,))
+    cut = even.with_shares({"gpu": (1, 1, 2, 2)})
+    strategy = {name: cut if split == even else split for name, split in table.strategy(choice).items()}
+    tile = enlarged(graph, mesh, strategy, [layer.id])[layer.id]
+    assert tile.tiles == ((2, ((0, 9), (7, 17), (15, 33), (31, 48))),)  # 8, 8, 16 and 16 rows, and a halo
+    pieces = model.locals(layer, cut)
+    seconds = {piece.piece.text: (k + 1) * 1e-3 for k, piece in enumerate(pieces)}
+    layers = {key: Measurement(s, s, s, 0.0, 5) for key, s in seconds.items()}
+    measured = CostModel.of(graph, model.machine, mesh, replace(model.profile, layers=layers), Settings())
+    (found,) = measured.times(layer, [tile])
+    estimate = model.profile.estimate
+    assert found.source is Source.MEASURED
+    assert found.forward_s == pytest.approx(
+        max(
+            seconds[piece.piece.text] * estimate(larger).forward_s / estimate(piece).forward_s
+            for piece, larger in zip(pieces, model.locals(layer, tile), strict=True)
+        )
+    )
+    (unknown,) = model.times(layer, [tile])
+    assert unknown.forward_s < found.forward_s / 10
 
 
 def test_statistics_over_space_and_other_splits_end_a_run() -> None:
