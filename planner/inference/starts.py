@@ -44,6 +44,8 @@ class Placing:
 
     def place(self, groups: Iterable[int], preference: Preference) -> bool:
         """Put groups one after the other on the device with room that they prefer; False if there is none."""
+        if (self.used > self.problem.devices.memory_bytes).any():
+            return False  # by what is fixed
         for group in groups:
             if self.part[group] != _UNPLACED:
                 continue
