@@ -48,7 +48,7 @@ def show(
         terminal.out.print(sentence)
     for sentence in tables.standing_sentences(rows, bound_s):
         terminal.out.print(sentence)
-    terminal.out.print(tables.source_sentence(totals))
+    terminal.out.print(tables.source_sentence(plan))
     for sentence in tables.change_sentences(plan.model.changes):
         terminal.out.print(sentence)
 

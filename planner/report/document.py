@@ -196,7 +196,7 @@ def _strategies(rows: Sequence[tables.StrategyRow]) -> Json:
 def _accuracy(content: Content) -> Json:
     """Return how the prediction compares with a run; without one, where its seconds are from."""
     plan, measured = content.plan, content.measured
-    found: Json = {"sentences": [tables.source_sentence(plan.totals)], "tables": []}
+    found: Json = {"sentences": [tables.source_sentence(plan)], "tables": []}
     where = [(content.machine.name, content.step_s)]
     if not content.is_as_planned:
         where.insert(0, (f"{plan.cluster.name}, when planned", plan.totals.step_s))
@@ -205,7 +205,7 @@ def _accuracy(content: Content) -> Json:
             _table(measured_stages.steps(plan, where, measured)),
             _table(measured_stages.stages(plan, content.machine.name, content.stage_costs, measured)),
         ]
-        found["sentences"] = [tables.source_sentence(plan.totals), measured_stages.marking_sentence(plan, measured)]
+        found["sentences"] = [tables.source_sentence(plan), measured_stages.marking_sentence(plan, measured)]
     elif measured is not None:
         (stage,) = content.stages
         ids = [layer.id for layer in stage.layers]
@@ -214,7 +214,7 @@ def _accuracy(content: Content) -> Json:
             _table(measured_tables.steps(plan, where, measured)),
             _table(measured_tables.parts(measured, said)),
         ]
-        found["sentences"] = [tables.source_sentence(plan.totals), measured_tables.marking_sentence(measured)]
+        found["sentences"] = [tables.source_sentence(plan), measured_tables.marking_sentence(measured)]
         found["points"] = [
             [i, *pictures.short((said.layers[layer.id].compute_s, layer.compute_s))]
             for i, layer in enumerate(measured.layers) if layer.compute_s and said.layers[layer.id].compute_s

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from planner.ir.dimension import SPATIAL_DIMENSIONS
-from planner.plan.schema import BranchesPart, LayerPart, Plan, StagePart, TotalsPart
+from planner.plan.schema import BranchesPart, LayerPart, Plan, StagePart
 from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -261,8 +261,9 @@ def branch_sentences(found: BranchesPart | None, step_s: float) -> Iterator[str]
         )
 
 
-def source_sentence(totals: TotalsPart) -> str:
-    """Return where the predicted compute time is from."""
+def source_sentence(plan: Plan) -> str:
+    """Return where the predicted compute time is from, and of a pipeline what would measure the rest of it."""
+    totals = plan.totals
     parts = {
         "measured layer by layer": totals.measured_s,
         "from a roofline fitted to measurements": totals.fitted_s,
@@ -271,7 +272,14 @@ def source_sentence(totals: TotalsPart) -> str:
     total = sum(parts.values())
     if not total:
         return "Compute: none."
-    return "Compute: " + ", ".join(f"{percent(part / total)} {name}" for name, part in parts.items() if part) + "."
+    found = "Compute: " + ", ".join(f"{percent(part / total)} {name}" for name, part in parts.items() if part) + "."
+    count = plan.schedule.num_microbatches
+    if plan.is_pipelined and totals.fitted_s:
+        found += (
+            f" Pieces of stages, of {counted(plan.microbatch, 'sample')} at a time, are fitted where they were not "
+            f"measured: `layerwise profile layers --microbatches {count}` measures them."
+        )
+    return found
 
 
 def standing_sentences(rows: Sequence[StrategyRow], lower_bound_s: float) -> tuple[str, ...]:

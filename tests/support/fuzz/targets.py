@@ -79,7 +79,7 @@ def _use_plan(path: Path) -> None:
     shown = [tables.summary(plan), *tables.layers(plan, True), *tables.layers(plan), tables.strategies(rows)]
     shown += [pipelines.stages(plan)] if plan.is_pipelined else []
     assert all(len(row) == len(table.columns) for table in shown for row in table.rows)
-    said = [*tables.standing_sentences(rows, plan.search.lower_bound_s), tables.source_sentence(plan.totals)]
+    said = [*tables.standing_sentences(rows, plan.search.lower_bound_s), tables.source_sentence(plan)]
     said += tables.branch_sentences(plan.search.branches, plan.totals.step_s)
     said += pipelines.sentences(plan) if plan.is_pipelined else []
     said.append(tables.bound_sentence(plan.totals.step_s, plan.search.lower_bound_s))

@@ -2,7 +2,9 @@
 
 import pytest
 
-from planner.report.tables import StrategyRow, bound_sentence, strategies
+from planner.plan.schema import SchedulePart
+from planner.report.tables import StrategyRow, bound_sentence, source_sentence, strategies
+from support.plans import document, plan_of
 
 
 @pytest.mark.parametrize(
@@ -25,3 +27,19 @@ def test_exposed_communication_that_is_rounding_is_none() -> None:
     table = strategies(rows)
     column = table.columns.index("exposed")
     assert [row[column] for row in table.rows] == ["0 s", "3 µs"]
+
+
+def test_a_pipeline_says_what_would_measure_the_pieces_that_are_fitted() -> None:
+    plan = plan_of(document())
+    totals = plan.totals.model_copy(update={"measured_s": 3e-3, "fitted_s": 1e-3, "data_sheet_s": 0.0})
+    alone = plan.model_copy(update={"totals": totals, "batch": 32})
+    said = "Compute: 75 % measured layer by layer, 25 % from a roofline fitted to measurements."
+    assert source_sentence(alone) == said
+    schedule = SchedulePart(kind="gpipe", num_microbatches=8)
+    staged = alone.model_copy(update={"stages": plan.stages * 2, "schedule": schedule})
+    assert source_sentence(staged) == (
+        f"{said} Pieces of stages, of 4 samples at a time, are fitted where they were not measured: `layerwise profile "
+        "layers --microbatches 8` measures them."
+    )
+    measured = staged.model_copy(update={"totals": totals.model_copy(update={"fitted_s": 0.0})})
+    assert source_sentence(measured) == "Compute: 100 % measured layer by layer."
