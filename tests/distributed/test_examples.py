@@ -114,10 +114,7 @@ def test_the_training_script_learns_the_digits_under_a_plan_made_for_it(folder: 
 
 
 # The commands that plan the examples of one job; the rest of their texts starts this job with torchrun.
-if importlib.util.find_spec("lightning") is None:
-    WITHOUT_LIGHTNING = "needs pip install 'layerwise[lightning]'"
-else:  # it takes long to import
-    WITHOUT_LIGHTNING = "" if os.environ.get("LAYERWISE_FULL") else "run with LAYERWISE_FULL=1"
+HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
 PLANNED: dict[str, tuple[dict[str, str], int]] = {  # what makes it smaller, and steps
     "own_cnn.py": ({"--model-args": "width=8"}, 6),
     "resnet_images.py": ({"--batch": "16", "--model-args": "width=0.5"}, 2),
@@ -143,7 +140,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, host_cache: Path) -> list[
         patch.setenv("XDG_CACHE_HOME", str(host_cache))
         patch.syspath_prepend(ROOT)
         for name, (smaller, steps) in PLANNED.items():
-            if name == "lightning_loop.py" and WITHOUT_LIGHTNING:
+            if name == "lightning_loop.py" and not HAS_LIGHTNING:
                 continue
             plan_it, train_it = commands_of(f"examples/{name}")
             planned = layerwise(*with_options(plan_it[1:], smaller | {"-o": f"{name}.json"}))
@@ -186,7 +183,7 @@ def test_each_rank_has_its_rows_of_a_large_image(trained: list[dict[str, Any]]) 
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.skipif(bool(WITHOUT_LIGHTNING), reason=WITHOUT_LIGHTNING)
+@pytest.mark.skipif(not HAS_LIGHTNING, reason="needs pip install 'layerwise[lightning]'")
 def test_lightning_trains_under_a_plan(trained: list[dict[str, Any]]) -> None:
     for rank in trained:
         losses = rank["lightning_loop.py"]
