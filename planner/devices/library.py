@@ -23,7 +23,8 @@ from planner.ir.canonical import decode_file
 
 GRAMMAR: Final = (
     "A cluster is {nodes}x{devices}-{device}-{link}, such as 4x8-h100-ib400, where one node may be "
-    "left out, as in 4xa100-nvlink; or the path of a cluster file, with a '/' or ending in .json."
+    "left out, as in 4xa100-nvlink; local-2, this host with two processes; or the path of a cluster file, with a '/' or "
+    "ending in .json."
 )
 _NAME: Final = re.compile(r"([0-9]{1,9})x(?:([0-9]{1,9})-)?([a-z][a-z0-9]*)-([a-z][a-z0-9]*)")
 _SHIPPED: Final = {
@@ -84,7 +85,7 @@ def cluster(name_or_path: str | Path) -> Cluster:
         return read_cluster(Path(name_or_path))
     match = _NAME.fullmatch(text)
     if match is None:
-        raise UnknownNameError("cluster", text, _SHIPPED, GRAMMAR)
+        raise UnknownNameError("cluster", text, _meant(text), GRAMMAR)
     first, second, device_name, link_name = match.groups()
     nodes, devices = (int(first), int(second)) if second else (1, int(first))
     device = _known("device", device_name, device_kinds())
@@ -103,6 +104,17 @@ def cluster(name_or_path: str | Path) -> Cluster:
             f"the network between them, one of {', '.join(networks)}"
         )
     return two_level(f"{devices}x{device_name}-{link_name}", 1, devices, device, bus)
+
+
+def _meant(text: str) -> list[str]:
+    """Return what a name that is none may have meant: shipped ones, and all kinds of devices in its own numbers."""
+    if local := re.fullmatch(r"local[^-0-9]?([0-9]+)", text):
+        return [f"local-{local[1]}"]
+    if (counts := re.match(r"[0-9]+x([0-9]+-?)?", text)) is None:
+        return list(_SHIPPED)
+    start = counts[0] if counts[1] is None else counts[0].removesuffix("-") + "-"
+    links = {kind.name: network_kinds() if counts[1] else kind.links[:1] for kind in device_kinds().values()}
+    return [*_SHIPPED, *(f"{start}{kind}-{link}" for kind, own in links.items() for link in own)]
 
 
 def equal_devices(num_devices: int) -> Cluster:

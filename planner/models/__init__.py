@@ -9,7 +9,7 @@ from typing import Final
 
 from torch import nn
 
-from planner.errors import UnknownNameError
+from planner.errors import UnknownNameError, UsageError
 from planner.models.alexnet import HYPAR, ONE_WEIRD_TRICK, alexnet
 from planner.models.binary import binary_vgg
 from planner.models.circulant import circulant_cnn
@@ -151,7 +151,10 @@ def entry(name: str) -> ModelEntry:
 
     Raises:
         UnknownNameError: there is none; says the closest names and the other ways to give a model.
+        UsageError: it is a file.
     """
+    if name.endswith(".py"):
+        raise UsageError(f"model {name!r} is a file: say which function of it returns the module, as {name}:FUNCTION")
     if name not in ENTRIES:
         hint = (
             "torchvision:NAME and timm:NAME are models of these libraries; "

@@ -188,6 +188,7 @@ def test_json_is_all_that_a_pipe_gets() -> None:
     [
         ([], "MODEL"),
         (["vgg17"], "unknown model 'vgg17'. Did you mean 'vgg1"),
+        (["net.py"], "is a file: say which function of it returns the module, as net.py:FUNCTION"),
         (["lenet5", "--batch", "0"], "'--batch'"),
         (["lenet5", "--format", "yaml"], "'--format'"),
         (["lenet5", "--input", "3xy"], "--input '3xy' is not a size of one sample"),

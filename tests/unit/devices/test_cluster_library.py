@@ -120,6 +120,9 @@ def test_inside_a_node_the_network_is_never_the_shorter_way(network: NetworkKind
         ("8xa1000-nvlink", "unknown device 'a1000'.*Did you mean 'a100'"),
         ("8xa100nvlink", "unknown cluster.*Did you mean '8xa100-nvlink'.*{nodes}x{devices}"),
         ("local-4", "unknown cluster 'local-4'"),
+        ("local2", "unknown cluster 'local2'. Did you mean 'local-2'"),
+        ("4xa10", "unknown cluster '4xa10'. Did you mean '4xa100-nvlink"),
+        ("2x4-a100", "unknown cluster '2x4-a100'. Did you mean .*'2x4-a100-"),
     ],
 )
 def test_an_unknown_name_comes_with_close_ones_and_the_grammar(name: str, message: str) -> None:
