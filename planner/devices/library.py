@@ -23,8 +23,8 @@ from planner.ir.canonical import decode_file
 
 GRAMMAR: Final = (
     "A cluster is {nodes}x{devices}-{device}-{link}, such as 4x8-h100-ib400, where one node may be "
-    "left out, as in 4xa100-nvlink; local-2, this host with two processes; or the path of a cluster file, with a '/' or "
-    "ending in .json."
+    "left out, as in 4xa100-nvlink; local-2, this host with two processes; or the path of a cluster file, "
+    "with a '/' or ending in .json."
 )
 _NAME: Final = re.compile(r"([0-9]{1,9})x(?:([0-9]{1,9})-)?([a-z][a-z0-9]*)-([a-z][a-z0-9]*)")
 _SHIPPED: Final = {
