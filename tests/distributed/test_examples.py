@@ -77,7 +77,7 @@ def run(command: list[str], folder: Path, exit_code: int = 0) -> str:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "PORT": str(free_port()),
     }  # fmt: skip
     done = subprocess.run(
-        [*SCRIPTS[name], *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        [*SCRIPTS[name], *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900,
         check=False,
     )  # fmt: skip
     assert done.returncode == exit_code, (

@@ -13,6 +13,9 @@ ELSEWHERE = {
     "pip install -e '.[dev]' && pytest -n auto": (".ci/run", "pytest -q -n auto"),
     "python -m examples.benchmarks.coverage --sample": (".ci/run", "python -m examples.benchmarks.coverage --sample"),
     "sudo python -m examples.benchmarks.faults --full": (".ci/full", "python -m examples.benchmarks.faults --full"),
+    "bash examples/calibrate.sh": ("tests/distributed/test_examples.py", "examples/calibrate.sh"),
+    "python examples/custom_cluster.py": ("tests/distributed/test_examples.py", "examples/custom_cluster.py"),
+    "python examples/plan_in_python.py": ("tests/distributed/test_examples.py", "examples/plan_in_python.py"),
     "layerwise run plan.json --launcher ray": (
         "tests/unit/runtime/test_ray.py",
         '"run", "p.json", "--launcher", "ray"',
