@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from planner.ir.schedule import ScheduleKind
 from planner.plan.measured import median_and_iqr
 from planner.plan.measured_stages import MeasuredPipeline, MeasuredStage
 from planner.plan.schema import Plan
+from runtime.agreement import start_together
 from runtime.launch import Process
-from runtime.pipeline.build import build, cut
+from runtime.pipeline.build import StagePlan, build, cut
 from runtime.pipeline.cycles import CyclePipeline, cycle_pipeline
 from runtime.pipeline.module import Pipeline, assembled
 from runtime.timing import EXPOSED_SYNC, GATHERING, OPTIMIZER, OTHER, Phase, Span, Tape, marked
@@ -70,15 +72,20 @@ def measured_pipeline(plan: Plan, process: Process, count: int, warmup: int) -> 
     Returns:
         ``pipeline`` and ``spans``, as of ``runtime.training.measure_plan``.
     """
-    is_synchronous = ScheduleKind(plan.schedule.kind).is_synchronous
-    found = (_steps if is_synchronous else _cycles)(plan, process, count, warmup)
+    model = build_model(plan, process.device)
+    if ScheduleKind(plan.schedule.kind).is_synchronous:
+        stages = start_together("run", model, plan, lambda: cut(model, plan))
+        found = _steps(model, stages, plan, process, count, warmup)
+    else:
+        start_together("run", model, plan, lambda: None)
+        found = _cycles(model, plan, process, count, warmup)
     return gathered(plan, process, found, {**environment_of(process), "precision": plan.precision})
 
 
-def _steps(plan: Plan, process: Process, count: int, warmup: int) -> Found:
+def _steps(
+    model: nn.Module, stages: Sequence[StagePlan], plan: Plan, process: Process, count: int, warmup: int
+) -> Found:
     tape, found = Tape(process.device), Found()
-    model = build_model(plan, process.device)
-    stages = cut(model, plan)
     modules = build(model, stages, plan, process.rank, TIMEOUT_S, tape)
     net = assembled(model, plan, stages, modules, default_loss, TIMEOUT_S)
     parameters = list(net.parameters())
@@ -103,9 +110,9 @@ def _steps(plan: Plan, process: Process, count: int, warmup: int) -> Found:
     return found
 
 
-def _cycles(plan: Plan, process: Process, count: int, warmup: int) -> Found:
+def _cycles(model: nn.Module, plan: Plan, process: Process, count: int, warmup: int) -> Found:
     tape, found = Tape(process.device), Found()
-    model, optimizer = build_model(plan, process.device), functools.partial(make_optimizer, plan.optimizer)
+    optimizer = functools.partial(make_optimizer, plan.optimizer)
     net = cycle_pipeline(model, plan, default_loss, optimizer, timeout_s=TIMEOUT_S, tape=tape)
     cycle = _feeding(net, plan, process)
     for _ in range(2 * (len(plan.stages) - 1) + warmup):  # the first ones fill the pipeline

@@ -1,14 +1,22 @@
 """What ranks compare: facts before they begin, and whether this step's numbers are finite."""
 
+import re
+
 import pytest
 import torch
 
+from planner.api import Options, Origin, example_inputs, machine_of, prepare
 from planner.errors import MismatchError, RunError
+from planner.frontend.source import load_model
+from planner.plan import Plan
 from runtime.agreement import code_digest, refuse_differing
 from runtime.finite import require_finite
+from runtime.launch import Process
 from runtime.module import ParallelModule
+from runtime.training import measure_plan
 from support.equality import run_ranks
 from support.loops import build, images, loss_of, own, planned
+from support.threads import on_threads
 
 
 def test_every_difference_is_said_with_the_ranks_that_have_it() -> None:
@@ -19,6 +27,33 @@ def test_every_difference_is_said_with_the_ranks_that_have_it() -> None:
     plan, step = str(caught.value).split("; ")
     assert plan == "rank 2 has another plan than rank 0: Give all ranks the same plan file."
     assert step.startswith("ranks [1, 2] have another step than rank 0 (4, not 3): They have drifted apart")
+
+
+def lenet(options: Options) -> Plan:
+    """Return a plan for two ranks, which names its model."""
+    model, machine = load_model("lenet5", {}), machine_of("2xt4-pcie", None, "fp32", None)
+    origin = Origin(model.name, model.source, {}, "layerwise plan lenet5")
+    return prepare(model.module, example_inputs(model.input_shapes, 8), machine, options, origin).plan()
+
+
+@pytest.mark.parametrize("kinds", [("gpipe", "1f1b"), ("gpipe", "none"), ("stale", "gpipe")], ids=" and ".join)
+def test_a_run_begins_with_comparing_the_plans_pipelined_or_not(kinds: tuple[str, str]) -> None:
+    def plan(kind: str) -> Plan:
+        if kind == "none":
+            return lenet(Options(solver="data"))
+        return lenet(Options(stages=2, schedule=kind, microbatches=None if kind == "stale" else 2))
+
+    plans = [plan(kind) for kind in kinds]
+
+    def rank(index: int) -> str:
+        place = Process(index, 2, index, torch.device("cpu"))
+        with pytest.raises(MismatchError) as caught:
+            measure_plan({"plan": plans[index].to_json(), "steps": 1, "warmup": 0}, place)
+        return str(caught.value)
+
+    said = on_threads(2, rank)
+    assert said[0] == said[1]
+    assert re.fullmatch(r"rank 1 has another plan than rank 0: .*", said[0])
 
 
 @pytest.mark.parametrize("solver", ["data", "model"])
