@@ -1,8 +1,8 @@
 """A device profile in the making: a file that keeps what was measured, whatever happens to the measuring.
 
 The file is written anew, whole and atomically, every few seconds. A later call with the same file goes on with what is
-missing, on the same device with the same software only. A fit in the file is dropped with the first new measurement: it
-would not be of all that the file has.
+missing, on the same device with the same software only. Calls that write one file at the same time keep each other's
+measurements. A fit in the file is dropped with the first new measurement: it would not be of all that the file has.
 """
 
 import platform
@@ -18,7 +18,8 @@ import torch
 
 from planner.errors import MismatchError
 from planner.measure.host import cpu_name
-from planner.profile.file import Entry, read_profile, with_measurements, write_profile
+from planner.measure.locks import locked
+from planner.profile.file import ProfileFile, read_profile, with_measurements, write_profile
 from planner.profile.table import Measurement
 
 SAVE_EVERY_S: Final = 3.0
@@ -59,8 +60,7 @@ class Recording:
         path: of the file.
         device: name of what is measured.
         environment: of ``environment``.
-        layers: everything found so far, by ``LocalLayer.key``.
-        partial: entries of the file that lack a phase; they are kept until their layers are measured.
+        layers: everything found so far, by ``LocalLayer.key``. What else the file has stays in it.
         clock: seconds; for tests.
     """
 
@@ -68,7 +68,6 @@ class Recording:
     device: str
     environment: Mapping[str, str]
     layers: dict[str, Measurement] = field(default_factory=dict)
-    partial: tuple[Entry, ...] = ()
     clock: Callable[[], float] = time.monotonic
     _saved_s: float = 0.0
     _is_saved: bool = True
@@ -85,17 +84,7 @@ class Recording:
         if not path.exists():
             return Recording(path, device, dict(environment))
         known = read_profile(path)
-        for name in IDENTITY:
-            mine, theirs = environment.get(name), known.environment.get(name)
-            if mine != theirs:
-                raise MismatchError(
-                    f"{path} was measured with {name} {theirs!r}, here it is {mine!r}: times of both cannot be in one "
-                    "file. Give another -o, or delete the file to measure everything anew."
-                )
-        command = _joined(known.environment.get("command", ""), environment.get("command", ""))
-        joined = {**environment, "command": command, "utc": known.environment.get("utc", environment.get("utc", ""))}
-        partial = tuple(entry for entry in known.layers if entry.measurement is None)
-        return Recording(path, known.device, joined, dict(known.measurements()), partial)
+        return Recording(path, known.device, _joined(path, known, environment), dict(known.measurements()))
 
     def add(self, key: str, found: Measurement) -> None:
         """Keep a layer; the file is written when it is older than a few seconds."""
@@ -109,10 +98,15 @@ class Recording:
 
         Raises:
             UsageError: it cannot be written.
+            MismatchError: another process has written it meanwhile, on another device or with other software.
         """
         if self._is_saved:
             return
-        write_profile(self.path, with_measurements(self.device, self.environment, self.partial, self.layers))
+        with locked(self.path):
+            known = read_profile(self.path) if self.path.exists() else None
+            here = self.environment if known is None else _joined(self.path, known, self.environment)
+            before = () if known is None else known.layers
+            write_profile(self.path, with_measurements(self.device, here, before, self.layers))
         self._saved_s, self._is_saved = self.clock(), True
 
     def __enter__(self) -> Self:
@@ -132,6 +126,20 @@ def _rounded(found: Measurement) -> Measurement:
     return Measurement(forward_s, data_s, weight_s, iqr_s, found.num_repeats)
 
 
-def _joined(before: str, now: str) -> str:
-    commands = [*before.split("; ")] if before else []
-    return "; ".join([*commands, *([now] if now not in commands else [])])
+def _joined(path: Path, known: ProfileFile, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a file with measurements of this one too: the commands of both, and the first moment.
+
+    Raises:
+        MismatchError: they were measured on different devices or with different software.
+    """
+    for name in IDENTITY:
+        mine, theirs = environment.get(name), known.environment.get(name)
+        if mine != theirs:
+            raise MismatchError(
+                f"{path} was measured with {name} {theirs!r}, here it is {mine!r}: times of both cannot be in one "
+                "file. Give another -o, or delete the file to measure everything anew."
+            )
+    both = [environments.get("command", "").split("; ") for environments in (known.environment, environment)]
+    commands = dict.fromkeys(command for each in both for command in each if command)
+    utc = known.environment.get("utc", environment.get("utc", ""))
+    return {**environment, "command": "; ".join(commands), "utc": utc}

@@ -35,14 +35,18 @@ class _Counted:
         return self.now_s
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def whole() -> tuple[Plan, int]:
-    """The plan without a limit, and how often the clock is looked at on the way."""
+    """The plan without a limit, and how often the clock is looked at on the way.
+
+    It comes first, so that Ctrl-C never falls into the import of a library, which cannot be imported again then.
+    """
     clock = _Counted()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deadline, "time", clock)
-        plan = Plan.from_json(layerwise(*PLAN, "--time-limit", "1e9s").out)
-    return plan, int(clock.now_s)
+        ran = layerwise(*PLAN, "--time-limit", "1e9s")
+    assert ran.code == 0, ran.err
+    return Plan.from_json(ran.out), int(clock.now_s)
 
 
 @pytest.mark.parametrize("part", [k / LIMITS for k in range(LIMITS)])

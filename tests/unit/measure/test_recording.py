@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,45 @@ def silent(_share: float) -> None:
 
 def session(pieces: list[PieceKey], into: Recording, timer: Timer, limits: Limits = NO_LIMITS) -> Summary:
     return measure_pieces(pieces, into, timer, RATES, limits, silent)
+
+
+# at the same time
+
+
+def test_recordings_of_one_file_keep_each_others_layers(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    first, second = recording(path, command="first"), recording(path, command="second")
+    for number, piece in enumerate(PIECES):
+        (first if number % 2 else second).add(piece.text, TIMES)
+        (first if number % 2 else second).save()
+    found = read_profile(path)
+    assert set(found.measurements()) == {piece.text for piece in PIECES}
+    assert found.environment["command"] == "second; first"
+
+
+def test_many_writers_at_once_lose_nothing_and_leave_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+
+    def write(number: int) -> None:
+        own = recording(path)
+        for features in range(4):
+            own.add(linear(1 + 4 * number + features).text, TIMES)
+            own.save()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert set(read_profile(path).measurements()) == {linear(n).text for n in range(1, 33)}
+    assert [each.name for each in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_file_that_another_machine_wrote_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    mine, theirs = recording(path), recording(path, processor="b")
+    theirs.add(PIECES[0].text, TIMES)
+    theirs.save()
+    with pytest.raises(MismatchError, match="measured with processor 'b', here it is 'a'"):
+        mine.add(PIECES[1].text, TIMES)  # which saves
+    assert set(read_profile(path).measurements()) == {PIECES[0].text}
 
 
 # going on
