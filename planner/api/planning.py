@@ -57,9 +57,11 @@ CYCLIC_NAMES = frozenset(kind.value for kind in CYCLIC)
 ONE_STAGE = "one stage"
 """The best plan without a pipeline, among the baselines of one with."""
 
+ALONE = 0.5
+"""Of the time limit: what the search for a plan of one stage may take, where pipelines are tried too."""
 BESIDE = 0.05
 """Of the time limit: what the fixed strategies beside a plan may take, where the search has not priced them; or"""
-LEAST_BESIDE_S = 2.0
+LEAST_BESIDE_S = 0.4
 MEASURE_TARGET_S = 1.0
 """Of one repeat of a layer in ``measure_layers``; above, fewer samples are timed."""
 LAYERS_A_LINE = 10
@@ -276,19 +278,22 @@ class Planner:
             return self.options.memory_limit_bytes
         return min(device.memory_bytes for device in self.machine.graph.devices)
 
-    def best(self) -> tuple[Search, Planned]:
+    def best(self, time_limit_s: float | None = None) -> tuple[Search, Planned]:
         """Return the best plan over the candidate meshes, with the search it comes from.
 
         Its lower bound is that of all meshes that were searched. ``auto`` is no slower than any fixed strategy that the
         user allows: where one is faster, it goes on from there. Where the time limit ends the search, the best plan
         until then is returned.
 
+        Args:
+            time_limit_s: that of the options if left out.
+
         Raises:
             LayerwiseError: there is no plan on any mesh, or none yet when time was over.
         """
         with collector_paused():
             try:
-                with deadline(self.options.time_limit_s):
+                with deadline(self.options.time_limit_s if time_limit_s is None else time_limit_s):
                     return self._best()
             except OutOfTimeError:
                 found = self.so_far()
@@ -397,36 +402,49 @@ class Planner:
             raise InterruptedSearchError(self._plan_beside(beside, *found)) from None
 
     def _plan(self) -> Plan:
+        end_s = time.perf_counter() + self.options.time_limit_s
         if self.options.stages == 1:
-            return self.plan_of(*self.best())
-        alone, _ = _tried(self.best)
-        pipeline, why_not = _tried(lambda: best_pipeline(self))
+            return self.plan_of(*self.best(), end_s=end_s)
+        alone, _ = _tried(lambda: self.best(ALONE * self.options.time_limit_s))
+        pipeline, why_not = _tried(lambda: best_pipeline(self, end_s - time.perf_counter()))
         if pipeline is None and (alone is None or self.options.stages != "auto"):
             assert why_not is not None
             raise why_not
         if alone is not None and self.options.stages == "auto":
             alone_s = alone[1].timeline.step_s
             if pipeline is None or alone_s <= pipeline.timeline.step_s:
-                return self.plan_of(*alone)
+                return self.plan_of(*alone, end_s=end_s)
         assert pipeline is not None
-        return self.plan_of_pipeline(pipeline, alone)
+        return self.plan_of_pipeline(pipeline, alone, end_s=end_s)
 
-    def plan_of_pipeline(self, pipeline: Pipeline, alone: tuple[Search, Planned] | None = None) -> Plan:
-        """Return a pipeline as a plan, with the best plan of one stage and the fixed strategies beside it."""
-        beside = [_found(baseline.planned, baseline.note) for baseline in self.baselines()]
+    def plan_of_pipeline(
+        self, pipeline: Pipeline, alone: tuple[Search, Planned] | None = None, *, end_s: float = math.inf
+    ) -> Plan:
+        """Return a pipeline as a plan, with the best plan of one stage and the fixed strategies beside it.
+
+        ``end_s`` as of ``plan_of``.
+        """
+        beside = [_found(baseline.planned, baseline.note) for baseline in self._beside(end_s)]
         if alone is not None:
             beside.append(replace(_found(alone[1]), solver=ONE_STAGE))
         return build_pipelined_plan(pipelined(pipeline), beside, self._request())
 
-    def plan_of(self, search: Search, planned: Planned) -> Plan:
-        """Return a strategy as a plan, with the fixed strategies beside it; without, where they would take too long."""
-        beside: Sequence[Baseline] = ()
+    def plan_of(self, search: Search, planned: Planned, *, end_s: float = math.inf) -> Plan:
+        """Return a strategy as a plan, with the fixed strategies beside it.
+
+        ``end_s``: where the time limit ends, by ``time.perf_counter``. The plan is without fixed strategies where they
+        would take much longer.
+        """
+        return self._plan_beside(self._beside(end_s), search, planned)
+
+    def _beside(self, end_s: float) -> Sequence[Baseline]:
+        left_s = end_s + BESIDE * self.options.time_limit_s - time.perf_counter()
         try:
-            with deadline(max(BESIDE * self.options.time_limit_s, LEAST_BESIDE_S)):
-                beside = self.baselines()
+            with deadline(max(left_s, LEAST_BESIDE_S)):
+                return self.baselines()
         except OutOfTimeError:
             _log.warning("time limit: the plan is held against no fixed strategy")
-        return self._plan_beside(beside, search, planned)
+            return ()
 
     def _plan_beside(self, beside: Sequence[Baseline], search: Search, planned: Planned) -> Plan:
         others = [_found(baseline.planned, baseline.note) for baseline in beside]

@@ -7,8 +7,10 @@ which the runtime will execute them. What the first round leaves out (transfers 
 second one has.
 """
 
+import contextlib
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ from planner.cost.pipeline import (
 from planner.cost.sharding import ParameterSharding
 from planner.cost.stages import Crossing, stage_link, stage_times
 from planner.cost.table import CostTable, collector_paused
+from planner.deadline import OutOfTimeError, deadline, look
 from planner.errors import InfeasibleError, LayerwiseError, TraceError, UsageError
 from planner.frontend.lower import TracedModel
 from planner.ir.graph import Layer, LayerGraph
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+PRICING: Final = 0.5
+"""Of the time limit: what the first round may take."""
 MAX_MICROBATCHES: Final = 64
 WHOLE_BATCH: Final = ScheduleKind.ONE_F_ONE_B, ScheduleKind.ZERO_BUBBLE
 """What is tried of the synchronous kinds with one micro-batch, where the others are 1F1B, or have more to send."""
@@ -100,15 +105,22 @@ class Pipeline:
         return max(self.timeline.memory_bytes)
 
 
-def best_pipeline(planner: "Planner") -> Pipeline:
+def best_pipeline(planner: "Planner", time_limit_s: float | None = None) -> Pipeline:
     """Return the fastest pipeline of what the planner's options allow.
+
+    The time limit ends the search once there is a pipeline; the first one is searched for however long that takes.
+
+    Args:
+        planner: of the network on a machine.
+        time_limit_s: that of the options if left out.
 
     Raises:
         InfeasibleError: none fits in memory.
         UsageError: the options do not fit the batch or the network.
     """
     with collector_paused():
-        return _Search(planner, Pieces(planner)).best()
+        limit_s = planner.options.time_limit_s if time_limit_s is None else time_limit_s
+        return _Search(planner, Pieces(planner), limit_s).best()
 
 
 def pipeline_at(planner: "Planner", kind: ScheduleKind, starts: Sequence[LayerId], count: int = 1) -> Pipeline:
@@ -167,6 +179,7 @@ def _in_turn(candidates: Sequence[_Candidate]) -> list[_Candidate]:
 class _Search:
     planner: "Planner"
     pieces: Pieces
+    limit_s: float = math.inf
     _start: float = field(default_factory=time.perf_counter)
 
     def best(self) -> Pipeline:
@@ -218,12 +231,13 @@ class _Search:
         cut: list[tuple[Chain, tuple[Cuts, ...]]] = []
         failure: InfeasibleError | None = None
         for kind in kinds if count > 1 or len(kinds) == 1 else [k for k in WHOLE_BATCH if k in kinds]:
-            if self._is_late() and (must_end or cut):
-                break
             try:
-                chain = cut[0][0].of_kind(kind) if cut else Chain.of(self.pieces, kind, count)
-                same = next((ways for other, ways in cut if chain.same_prices(other)), None)
-                cut.append((chain, same or chain.best()))
+                with self._until(PRICING * self.limit_s, ends=must_end or bool(cut)):
+                    chain = cut[0][0].of_kind(kind) if cut else Chain.of(self.pieces, kind, count)
+                    same = next((ways for other, ways in cut if chain.same_prices(other)), None)
+                    cut.append((chain, same or chain.best()))
+            except OutOfTimeError:
+                break
             except InfeasibleError as error:
                 failure = failure or error
         if failure is not None and not cut:
@@ -235,12 +249,16 @@ class _Search:
         refined: list[Pipeline] = []
         number = Counter[ScheduleKind]()
         for _, kind, count, chain, cuts in _in_turn(candidates):
-            if self._is_late() and refined:
-                break
             number[kind] += 1
-            if number[kind] <= REFINED:
-                _log.info("searching stages of %s, %d micro-batches", kind, count)
-                refined += self._refined(kind, count, chain, cuts)
+            if number[kind] > REFINED:
+                continue
+            _log.info("searching stages of %s, %d micro-batches", kind, count)
+            try:
+                with self._until(self.limit_s, ends=bool(refined)):
+                    refined += self._refined(kind, count, chain, cuts)
+            except OutOfTimeError:
+                _log.warning("time limit: this is the best pipeline until then; a longer one may find better ones")
+                break
         return refined
 
     # ---- what is asked
@@ -283,8 +301,19 @@ class _Search:
             every = layer.op, *(absorbed.op for absorbed in layer.absorbed)
             yield from ((layer, op) for op in every if isinstance(op, BatchNorm))
 
-    def _is_late(self) -> bool:
-        return time.perf_counter() - self._start > self.planner.options.time_limit_s
+    @contextlib.contextmanager
+    def _until(self, limit_s: float, *, ends: bool) -> Iterator[None]:
+        """Let ``look`` end the body so many seconds after the search began, where it may end; else not.
+
+        Raises:
+            OutOfTimeError: it is later already.
+        """
+        if not ends:
+            yield
+            return
+        with deadline(limit_s - (time.perf_counter() - self._start)):
+            look()
+            yield
 
     # ---- second round
 
