@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner import deadline
+from planner.api.pipelines import search
 from planner.errors import NoPlanError
 from planner.plan import Plan
 from support.command_line import ROOT, layerwise
@@ -80,6 +81,21 @@ def test_halos_that_are_told_to_be_recomputed_are_so_in_a_plan_that_the_time_lim
     assert "this is the best plan until then" in ran.err
     recomputing = whole.only_stage.recomputing()
     assert recomputing == Plan.from_json(ran.out).only_stage.recomputing() == {"features.0", "features.2", "features.3"}
+
+
+def test_a_time_limit_ends_the_search_for_pipelines_within_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(limit: str) -> tuple[Plan, float]:
+        clock = _Counted()
+        monkeypatch.setattr(deadline, "time", clock)
+        monkeypatch.setattr(search, "time", clock)
+        ran = layerwise(*PLAN[:2], "--cluster", "2xt4-pcie", "--stages", "2", "--time-limit", limit, "-q")
+        assert ran.code == 0, ran.err
+        return Plan.from_json(ran.out), clock.now_s
+
+    (best, all_looks), (first, few) = planned("1e9s"), planned("1s")
+    assert len(first.stages) == 2
+    assert first.totals.step_s >= best.totals.step_s
+    assert few < 0.7 * all_looks
 
 
 WRITER = """
