@@ -4,6 +4,9 @@ import ast
 import json
 import os
 import pickle
+import re
+import tomllib
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,19 @@ def test_a_message_repeats_little_of_a_file() -> None:
     assert len(caught.value.problems) == 2001
     assert len(str(caught.value)) < 20_000
     assert "and 1,951 more" in str(caught.value)
+
+
+def licence_of(name: str) -> str:
+    """Return what a package's metadata say of its licence, in any of the places for it."""
+    found = metadata(name)
+    return " ".join(text for field in ("License-Expression", "Classifier") for text in found.get_all(field) or ())
+
+
+def test_the_page_lists_every_dependency_with_its_lower_bound_and_licence() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = {match[1]: match[2] for text in declared if (match := re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", text))}
+    assert len(wanted) == len(declared)  # each has a lower bound
+    page = (ROOT / "planner/docs/security.md").read_text().partition("## What is installed with it")[2]
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\w.-]+) \| ", page, re.MULTILINE)
+    assert {name: bound for name, bound, _ in rows} == wanted
+    assert [name for name, _, licence in rows if licence not in licence_of(name)] == []
