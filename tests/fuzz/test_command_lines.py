@@ -1,13 +1,13 @@
 """Random command lines, in this process: each ends with a documented code, and never with a traceback."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from support.fuzz.lines import commands, line, written, wrong
 
-COUNT = 3000 if os.environ.get("LAYERWISE_FULL") else 8
+COUNT = 8
+"""A sample of what ``python -m examples.benchmarks.faults --full`` tries."""
 
 
 def test_random_command_lines_end_with_a_documented_code(tmp_path: Path) -> None:
