@@ -273,6 +273,8 @@ class _Loading:
         if optimizer is not None:
             self._optimizer_state(optimizer)
         self._stored.verify(self._targets)
+        self._rank = part.mesh.ranks[part.position]
+        self._generators = self._generators_state()
 
     def _weights(self) -> list[tuple[str, Region, torch.Tensor]]:
         prefix = f"{_MODEL}."
@@ -324,16 +326,16 @@ class _Loading:
         progress = about.get("progress")  # older checkpoints have none
         if self._part.stages is not None and progress is not None:
             self._part.stages.go_on(progress)
-        self._restore_generators()
+        if self._generators is not None:
+            is_new = self._rank >= about["ranks"]
+            restore_generators(self._generators, _device(self._part), apart=self._rank if is_new else 0)
         return Resumed(about["step"], about["extra"])
 
-    def _restore_generators(self) -> None:
-        rank = self._part.mesh.ranks[self._part.position]
-        rounds, source = divmod(rank, self._about["ranks"])
-        key = f"{_RANDOM}.{source}"
+    def _generators_state(self) -> dict[str, Any] | None:
+        """Return what is there for this rank; those of a plan need not be numbered from 0."""
+        key = f"{_RANDOM}.{self._rank % self._about['ranks']}"
         blobs = self._stored.blobs(key)
-        if blobs:  # the ranks of a plan may be others than 0, 1, …
-            restore_generators(_unpacked(blobs[key]), _device(self._part), apart=rank if rounds else 0)
+        return _unpacked(blobs[key]) if blobs else None
 
 
 def _job(part: Part, optimizer: torch.optim.Optimizer | None, folder: Path, step: int, extra: Any) -> Job:

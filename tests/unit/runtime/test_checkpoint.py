@@ -1,6 +1,7 @@
 """Checkpoints: any plan to any other, against one device that trains without a break."""
 
 import copy
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -287,6 +288,26 @@ class TestReplacing:
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
         without_checksums(folder)  # as of an older version: it loads, unchecked
         assert checkpoint.load(net, None, folder).step == 1
+
+    def test_damage_to_anything_that_is_loaded_is_found_before_anything_is_overwritten(self, folder: Path) -> None:
+        net = build(seed=5)
+        before = copy.deepcopy(net.state_dict())
+        generator = torch.get_rng_state()
+        pieces = json.loads((folder / ".checksums").read_text())["pieces"]
+        found = set()
+        for name, offset, length, _ in pieces:
+            whole = (folder / name).read_bytes()
+            changed = bytearray(whole)
+            changed[offset + length // 2] ^= 1
+            (folder / name).write_bytes(changed)
+            with pytest.raises(UsageError, match=r"damaged: the bytes of \S+ are not") as caught:
+                checkpoint.load(net, None, folder)
+            found.add(str(caught.value).partition("the bytes of ")[2].split()[0])
+            (folder / name).write_bytes(whole)
+        assert {"random.0", "model.first.weight"} <= found
+        assert len(found) == len(pieces)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), generator)
 
 
 def without_checksums(folder: Path) -> Path:
