@@ -13,6 +13,7 @@ import inspect
 import itertools
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
@@ -46,6 +47,8 @@ NO_KEYWORDS: Final[Keywords] = MappingProxyType({})
 
 Tracer = Literal["auto", "fx", "export"]
 _log = logging.getLogger(__name__)
+_ONE_AT_A_TIME = threading.RLock()
+"""Tracing changes modules for the whole process, and puts back what it found."""
 
 MAX_SINGLE_SAMPLES: Final = 32
 """Samples that a model may name by number; more is a loop over the batch."""
@@ -87,6 +90,12 @@ class _Tracer(fx.Tracer):
         self._names: dict[int, str] = {}
         self._saved: list[torch.Tensor] = []
         self._single_samples = 0
+        self._thread = threading.get_ident()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another thread calls: what fx changes in modules while it traces is the whole process's."""
+        return threading.get_ident() != self._thread
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -176,7 +185,9 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record a call of a module; calls inside of a leaf just run."""
-        return forward(*args, **kwargs) if self.is_running else super().call_module(m, forward, args, kwargs)
+        if self.is_running or self.is_elsewhere:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is one operator: torch's own, or a subclass that keeps torch's ``forward``."""
@@ -197,7 +208,7 @@ class _Tracer(fx.Tracer):
         """Return a proxy for a tensor of the module; fx itself would look through all of them each time."""
         del attr
         name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
-        if self.is_running or name is None:
+        if self.is_running or self.is_elsewhere or name is None:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
@@ -261,7 +272,8 @@ def _watched(tracer: _Tracer) -> Iterator[None]:
         return tracer.create_proxy("call_function", call_of(cls), args, kwargs)
 
     def watched_attention(*args: Any, **kwargs: Any) -> Any:
-        return light_attention(attention, *args, **kwargs) if tracer.is_running else attention(*args, **kwargs)
+        is_traced = tracer.is_running and not tracer.is_elsewhere
+        return light_attention(attention, *args, **kwargs) if is_traced else attention(*args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(watched_apply)  # type: ignore[assignment]  # put back
     functional.scaled_dot_product_attention = watched_attention
@@ -376,12 +388,13 @@ def trace(
     def probe(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty((PROBE, *x.shape[1:])) if x.dim() and x.shape[0] == batch else x
 
-    try:
-        graph = _traced(root, tuple(map(probe, values)), {k: probe(x) for k, x in named.items()}, tracer)
-    except TraceError:
-        raise
-    except Exception as error:  # whatever the user's forward() raises on these shapes
-        raise _failure(root, values, named, error) from error
+    with _ONE_AT_A_TIME:
+        try:
+            graph = _traced(root, tuple(map(probe, values)), {k: probe(x) for k, x in named.items()}, tracer)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the user's forward() raises on these shapes
+            raise _failure(root, values, named, error) from error
     bind_batch_sizes(graph)
     return graph
 

@@ -3,6 +3,7 @@ computes what eager does."""
 
 import copy
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -665,3 +666,45 @@ def test_a_subclass_that_keeps_the_forward_of_torch_is_that_operator() -> None:
     assert [(layer.id, layer.op.kind) for layer in layers] == [
         ("input", "input"), ("0", "conv"), ("2", "conv"), ("output", "output"),
     ]  # fmt: skip
+
+
+def test_threads_trace_and_run_at_the_same_time() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers(x)
+            return functional.scaled_dot_product_attention(y, y, y)
+
+    plain, x = Attending(), torch.randn(2, 3, 8)
+    expected, lengths, errors = plain(x), list[int](), list[BaseException]()
+    begin, is_over = threading.Barrier(4), threading.Event()
+
+    def trace_some() -> None:
+        begin.wait()
+        lengths.extend(len(trace(Attending(), (x,)).nodes) for _ in range(3))
+
+    def run() -> None:
+        begin.wait()
+        while not is_over.is_set():
+            assert torch.equal(plain(x), expected)
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in (trace_some, trace_some, trace_some, run)]
+    for thread in threads:
+        thread.start()
+    for thread in threads[:-1]:
+        thread.join()
+    is_over.set()
+    threads[-1].join()
+    assert not errors
+    assert len(lengths) == 9
+    assert len(set(lengths)) == 1
+    assert torch.equal(plain(x), expected)
