@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from examples.benchmarks import faults
+from examples.benchmarks.rows import read_rows
 from planner.cli.main import app
 from support import pages, typed
 from support.command_line import layerwise
@@ -91,6 +93,10 @@ def test_commands_print_what_their_page_shows(page: Path, tmp_path: Path, monkey
         return
     for each, printed in pairs:
         assert each.is_what(printed), f"{each.command}: write it anew with {WRITES}=1\n" + "\n".join(printed)
+
+
+def test_the_table_of_faults_is_that_of_the_counts() -> None:
+    assert faults.table(read_rows(faults.OUTPUT, faults.Row)) in (pages.ROOT / "README.md").read_text()
 
 
 def test_every_command_of_a_page_runs_somewhere_or_says_why_it_does_not() -> None:

@@ -453,7 +453,7 @@ CASES: Final = (
          20, tried(damaged)),
     Case("restart", "rank killed under `torchrun --max-restarts`", BITS, 2, 30, tried(restarted)),
     Case("moved", "goes on under another plan, more or fewer ranks", "weights within 1e-6", 4, 8, tried(moved)),
-    Case("elastic", "re-planned for other numbers of ranks", "losses as on one rank, within 5 %", 1, 3, tried(elastic)),
+    Case("elastic", "re-planned for other numbers of ranks", "losses as on one rank, to 1.5e-6", 1, 3, tried(elastic)),
     Case("differing", "another plan, model, step or weights on one rank", "error on all ranks that says so", 4, 12,
          tried(differing)),
     Case("soak", "2,000 steps, a checkpoint every 100, two ranks", "memory, files and threads flat", 1, 1, _soaked),
