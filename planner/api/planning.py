@@ -406,7 +406,10 @@ class Planner:
         if self.options.stages == 1:
             return self.plan_of(*self.best(), end_s=end_s)
         alone, _ = _tried(lambda: self.best(ALONE * self.options.time_limit_s))
-        pipeline, why_not = _tried(lambda: best_pipeline(self, end_s - time.perf_counter()))
+        # the first pipeline is searched for beyond the limit only where there would be no plan without it
+        is_extra = alone is not None and self.options.stages == "auto"
+        with deadline(end_s - time.perf_counter() if is_extra else math.inf):
+            pipeline, why_not = _tried(lambda: best_pipeline(self, end_s - time.perf_counter()))
         if pipeline is None and (alone is None or self.options.stages != "auto"):
             assert why_not is not None
             raise why_not
