@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from planner.deadline import look
 from planner.errors import InfeasibleError, UsageError
 
 
@@ -205,6 +206,7 @@ class _Chain:
         """Return the suffixes with one stage more, by their first unit and device."""
         longer: dict[tuple[int, int], list[_Extended]] = {}
         for (stop, stop_device), suffixes in behind.items():
+            look()
             for size, first in itertools.product(sorted(set(self.space.sizes)), range(stop)):
                 first_device = stop_device - size
                 if not self._can_begin(first, first_device, num_behind + 1):

@@ -237,6 +237,8 @@ class _Search:
                     same = next((ways for other, ways in cut if chain.same_prices(other)), None)
                     cut.append((chain, same or chain.best()))
             except OutOfTimeError:
+                if not cut and not must_end:
+                    raise
                 break
             except InfeasibleError as error:
                 failure = failure or error
@@ -257,6 +259,8 @@ class _Search:
                 with self._until(self.limit_s, ends=bool(refined)):
                     refined += self._refined(kind, count, chain, cuts)
             except OutOfTimeError:
+                if not refined:
+                    raise
                 _log.warning("time limit: this is the best pipeline until then; a longer one may find better ones")
                 break
         return refined
