@@ -28,7 +28,7 @@ from planner.ir.split import Split
 from runtime.lowering.pieces import Piece, on_piece
 from support import layouts as some
 
-EXAMPLES = 400 if os.environ.get("LAYERWISE_FULL") else 50
+EXAMPLES = 400 if os.environ.get("LAYERWISE_FULL") else 30
 
 CONVS: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of one to three dimensions of space
 TRANSPOSED: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -17,7 +17,7 @@ from planner.plan import Plan
 from support.random_networks import BLOCKS, HEADS, LOSSES, Recipe
 from support.random_plans import Pick, on_threads, planner_for, random_plan, reference, unequal_plan
 
-EXAMPLES = 600 if os.environ.get("LAYERWISE_FULL") else 50
+EXAMPLES = 600 if os.environ.get("LAYERWISE_FULL") else 30
 
 IO: tuple[Literal["global"] | None, ...] = (None, None, "global")
 NAMES = (*BLOCKS, "conv", "conv", "batch_norm", "activation", "pool", "save", "join", "join")

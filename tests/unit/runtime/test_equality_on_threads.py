@@ -1,5 +1,7 @@
 """The real lowered modules of all ranks, as threads of one process, equal one device."""
 
+import os
+
 import pytest
 
 from planner.ir.dimension import Dimension
@@ -8,6 +10,7 @@ from support.equality import NETS, TOLERANCE, on_threads, planner_for, random_pl
 
 STRATEGIES = ("data", "model", "model-in", "conv-data-fc-model", "spatial", "sample-spatial", "auto")
 SPACE = (Dimension.HEIGHT, Dimension.WIDTH)
+SEEDS = range(6 if os.environ.get("LAYERWISE_FULL") else 3)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -18,7 +21,7 @@ def test_a_strategy_equals_one_device(name: str, strategy: str, num_ranks: int) 
     assert on_threads(name, plan) < TOLERANCE
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", NETS)
 def test_random_mixed_strategies_equal_one_device(name: str, seed: int) -> None:
     planner = planner_for(name, (2, 3, 4)[seed % 3], dimensions=(*DEFAULT_DIMENSIONS, *SPACE))
