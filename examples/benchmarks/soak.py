@@ -2,8 +2,8 @@
 
     python -m examples.benchmarks.soak [--steps 2000] [--every 100]
 
-trains a tiny network, saves behind training, and prints how each grows over the second half, by a line through its
-samples, as a share of its mean. Rows go to a CSV file; ``--show`` prints them again.
+trains a tiny network, saves behind training, and prints how each grows, by a line through its samples, as a share of
+its mean, with a 95 % interval. Rows go to a CSV file; ``--show`` prints them again.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -32,6 +33,8 @@ SAMPLED: Final = 20
 """Steps between two samples."""
 FLAT: Final = 0.05
 """Of its mean, so much may a quantity grow over the whole run."""
+BLOCK: Final = 10
+RESAMPLES: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +94,55 @@ def soaked(steps: int, every: int) -> list[Row]:
     return [Row(*(int(v) for v in sample[:-1]), sample[-1]) for rank in ranks for sample in rank]
 
 
-def growth(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Return for every quantity its mean, and by which share of it it would grow over the run: the steepest rank."""
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """How a quantity grows over a run: of the steepest rank, a line through the samples.
+
+    Attributes:
+        mean: over the samples.
+        share: of the mean, what the line rises over the run.
+        low, high: its 95 % interval, by resampling runs of ``BLOCK`` samples, as a disturbance lasts for several.
+    """
+
+    mean: float
+    share: float
+    low: float
+    high: float
+
+
+def growth(rows: Sequence[Row]) -> dict[str, Growth]:
+    """Return how every quantity grows; the first tenth, in which caches fill, is left out."""
     steps = max(row.step for row in rows)
     found = {}
     for field in ("resident_bytes", "files", "threads", "step_s"):
-        slopes = []
+        of_ranks = []
         for rank in {row.rank for row in rows}:
-            settled = [(row.step, getattr(row, field)) for row in rows if row.rank == rank and row.step > steps / 2]
-            x, y = np.array(settled, dtype=float).T
-            slopes.append((abs(np.polyfit(x, y, 1)[0]) * steps / y.mean(), y.mean(), np.polyfit(x, y, 1)[0]))
-        share, mean, slope = max(slopes)
-        found[field] = float(mean), float(np.copysign(share, slope))
+            settled = [(row.step, getattr(row, field)) for row in rows if row.rank == rank and row.step > steps / 10]
+            of_ranks.append(_line(np.array(settled, dtype=float), steps))
+        found[field] = max(of_ranks, key=lambda line: abs(line.share))
     return found
 
 
+def _line(samples: npt.NDArray[np.float64], steps: int) -> Growth:
+    """Return the line through pairs of a step and a quantity."""
+
+    def share(chosen: npt.NDArray[np.float64]) -> float:
+        x, y = chosen.T
+        return float(np.polyfit(x, y, 1)[0] * steps / y.mean())
+
+    starts = np.arange(len(samples) - BLOCK + 1)
+    rng = np.random.default_rng(0)
+    drawn = [
+        share(np.concatenate([samples[k : k + BLOCK] for k in rng.choice(starts, len(samples) // BLOCK)]))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Growth(float(samples[:, 1].mean()), share(samples), float(low), float(high))
+
+
 def is_flat(rows: Sequence[Row]) -> bool:
-    """Return whether memory, files and threads are flat; a step, on a shared machine, may take half as long again."""
-    return all(share < (0.5 if name == "step_s" else FLAT) for name, (_, share) in growth(rows).items())
+    """Return whether nothing grows for sure: the lower end of no interval is above ``FLAT``."""
+    return all(line.low <= FLAT for line in growth(rows).values())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -119,8 +153,11 @@ def table(rows: Sequence[Row]) -> str:
         "threads": ("threads", lambda v: f"{v:.1f}"), "step_s": ("step", lambda v: f"{v * 1e3:.2f} ms"),
     }  # fmt: skip
     steps = max(row.step for row in rows)
-    head = f"| of the steepest rank | mean | growth per {steps:,} steps |\n|---|---|---|\n"
-    return head + "\n".join(f"| {n} | {show(found[f][0])} | {found[f][1]:+.2%} |" for f, (n, show) in shown.items())
+    head = f"| of the steepest rank | mean | growth over {steps:,} steps | 95 % |\n|---|---|---|---|\n"
+    return head + "\n".join(
+        f"| {name} | {show(found[f].mean)} | {found[f].share:+.2%} | {found[f].low:+.2%} to {found[f].high:+.2%} |"
+        for f, (name, show) in shown.items()
+    )
 
 
 def main() -> int:
