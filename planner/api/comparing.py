@@ -23,7 +23,7 @@ from planner.frontend.source import load_model
 from planner.frontend.trace import NO_KEYWORDS, empty_inputs
 from planner.ir.dimension import Dimension
 from planner.ir.mesh import Mesh
-from planner.ir.split import Split
+from planner.ir.split import LayerId, Split
 from planner.plan.check import refuse_other_model
 from planner.plan.schema import Plan, StageCostPart
 from planner.profile.key import LocalLayer
@@ -245,10 +245,7 @@ def price_with(planner: Planner, plan: Plan) -> Priced:
     """
     mesh = _mesh_on(plan, planner.machine.graph)
     strategy = {layer: _on_axes(mesh, split) for layer, split in plan.strategy.items()}
-    space = planner.space(mesh)
-    more = {layer: split for layer, split in strategy.items() if split.shares and split not in space.splits[layer]}
-    splits = {layer: (*known, more[layer]) if layer in more else known for layer, known in space.splits.items()}
-    table = CostTable.of(replace(space, splits=splits), planner.cost_model(mesh))
+    table = table_with(planner, mesh, strategy)
     try:
         choice = table.choice(strategy)
     except ValueError as error:
@@ -256,6 +253,14 @@ def price_with(planner: Planner, plan: Plan) -> Priced:
     if recomputing := plan.only_stage.recomputing():
         table, choice = with_tiles(table, choice, recomputing)
     return Priced(table, choice, simulate(table, choice, plan.bucket_bytes))
+
+
+def table_with(planner: Planner, mesh: Mesh, strategy: Mapping[LayerId, Split]) -> CostTable:
+    """Return the costs on a mesh, of the shares in a strategy too that a search does not try by itself."""
+    space = planner.space(mesh)
+    more = {layer: split for layer, split in strategy.items() if split.shares and split not in space.splits[layer]}
+    splits = {layer: (*known, more[layer]) if layer in more else known for layer, known in space.splits.items()}
+    return CostTable.of(replace(space, splits=splits), planner.cost_model(mesh))
 
 
 def _on_axes(mesh: Mesh, split: Split) -> Split:

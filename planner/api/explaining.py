@@ -1,10 +1,11 @@
 """Why a layer of a plan is split as it is: what its other splits would cost, and when one of them would win."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from planner.api.comparing import Priced, planner_of, price_with
+from planner.api.comparing import Priced, planner_of, price_with, table_with
 from planner.api.machine import Machine
 from planner.api.planning import Planner
 from planner.api.tour import EQUAL
@@ -104,7 +105,7 @@ class _Changes:
 
     def flips(self, layer: LayerId, progress: Callable[[str], None]) -> Iterator[Flip]:
         """Yield, of each kind and direction of change, the first at which a layer's planned split loses."""
-        split = self.plan.strategy[layer]
+        split = self._strategy[layer]
         for what in ("links", "batch"):
             for factors in (FACTORS, tuple(1 / f for f in FACTORS)):
                 for factor in factors:
@@ -115,6 +116,13 @@ class _Changes:
                     if (found := self._winner(table, layer, split)) is not None:
                         yield Flip(what, factor, *found)
                         break
+
+    @functools.cached_property
+    def _strategy(self) -> dict[LayerId, Split]:
+        """The plan's, on the axes of the machine."""
+        space = self.around.table.space
+        pairs = zip(space.graph.layers, self.around.choice, strict=True)
+        return {layer.id: space.splits[layer.id][position] for layer, position in pairs}
 
     def _table(self, what: str, factor: float) -> CostTable | None:
         """Return the costs with faster or slower links, or for another batch; None where there is no such batch."""
@@ -131,7 +139,7 @@ class _Changes:
             if batch != int(batch) or batch < self.plan.mesh.size:
                 return None
             changed = replace(planner, traced=planner.retraced(int(batch)))
-        return changed.table(self.around.table.space.mesh)
+        return table_with(changed, self.around.table.space.mesh, self._strategy)
 
     def _winner(self, table: CostTable, layer: LayerId, split: Split) -> tuple[Split, float] | None:
         """Return the split that a layer has in the plan of least cost, and the share of the step that it saves."""

@@ -117,6 +117,8 @@ def test_branches_at_the_same_time_are_explained_with_the_devices_that_are_idle(
     found = json.loads(layerwise("explain", plan, "two.1", "--json").out)
     assert [place["where"] for place in found["placed"][0]["places"]] == ["gpu=0", "gpu=1"]
     assert found["placed"][0]["spread_s"] > found["step_s"]
+    assert [(flip["what"], flip["split"]) for flip in found["flips"]] == [("links", "gpu=replicate")]
+    assert found["flips"][0]["factor"] < 1  # behind slow links both devices compute all of it
 
 
 def test_a_plan_for_one_device_has_nothing_to_explain(tmp_path: Path) -> None:
