@@ -1,10 +1,11 @@
 """Which element types tensors have that this rank does not compute, under autocast too.
 
 A rank must know what it receives from another stage before it is there, and what it is to hold nothing of where other
-ranks run a branch. Without autocast the plan says it. Autocast decides operator by
-operator; so the traced model is run once on fake tensors, which have shapes and types and no values, by the same rules
-of torch. Where torch cannot (an operator of the user's own that needs values), what the plan knows as float32 is sent
-in autocast's type, and rounded to it.
+ranks run a branch. Where all is float32, the plan says it. Autocast decides operator by operator, and a model of
+another type may compute some of it in float32 all the same (attention does); so the traced model is run once on fake
+tensors, which have shapes and types and no values, by the same rules of torch. Where torch cannot (an operator of the
+user's own that needs values), what the plan knows as float32 is sent in autocast's type, or the model's, and rounded to
+it.
 """
 
 import logging
@@ -33,7 +34,7 @@ class ElementTypes:
     Attributes:
         default: of what has the model's own type: that which it has now, or autocast's.
         own: the model's type when it was traced; what is float32 there counts as of this type too.
-        known: of layers whose tensors may have another under autocast.
+        known: of layers, as torch's rules gave them; empty where the plan says all.
     """
 
     default: torch.dtype
@@ -71,9 +72,10 @@ class Casting:
             device: type of the device that the model is on.
             dtype: of its parameters.
         """
-        if not torch.is_autocast_enabled(device):
+        is_cast = torch.is_autocast_enabled(device)
+        if not is_cast and dtype == self.own == torch.float32:
             return ElementTypes(dtype, self.own)
-        cast = torch.get_autocast_dtype(device)
+        cast = torch.get_autocast_dtype(device) if is_cast else dtype
         key = device, dtype, cast
         if key not in self._known:
             self._known[key] = self._found(device, dtype)
@@ -102,6 +104,8 @@ class Casting:
                 Recording(module).run(*(None if name is None else fake(self._inputs[name]) for name in named))
         except RuntimeError as error:
             _log.warning(
-                "tensors of other ranks are taken to have autocast's type where the plan says float32: %s", error
+                "tensors of other ranks are taken to have %s where the plan says float32: %s",
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype,
+                error,
             )
         return {layer_of[name]: found for name, found in by_node.items() if name in layer_of}

@@ -119,6 +119,22 @@ class Volumes(nn.Module):
         return self.head(torch.cat([self.pool(x), self.norm(x), self.plain(x)], 1))
 
 
+class Single(nn.Module):
+    """A branch whose result is float32 whatever the model's type is, as attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = conv(3, 4), conv(4, 4), nn.Conv2d(4, 4, 1)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        queries, keys = self.two(x).flatten(2).chunk(2, 1)
+        weights = queries.float() @ keys.float().transpose(1, 2)
+        attended = weights.to(x.dtype) @ x.flatten(2)[:, :2]
+        return self.head(torch.cat([self.one(x), attended.unflatten(2, x.shape[2:]), x], 1))
+
+
 def images(count: int) -> Callable[[torch.Generator], tuple[torch.Tensor, ...]]:
     return lambda g: tuple(torch.randn(BATCH, 3, 16, 16, generator=g, dtype=torch.float64) for _ in range(count))
 
@@ -129,6 +145,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], t
     "joined": (lambda: Joined(1), images(1)),
     "an input each": (lambda: Joined(2), images(2)),
     "volumes": (Volumes, lambda g: (torch.randn(BATCH, 1, 6, 6, 6, generator=g, dtype=torch.float64),)),
+    "single": (Single, images(1)),
     "bytes": (Bytes, lambda g: (torch.randint(0, 256, (BATCH, 40), generator=g),)),
 }
 
