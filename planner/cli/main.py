@@ -1,11 +1,14 @@
 """The scripts ``layerwise`` and ``plan``: all commands, and what their errors look like."""
 
+import errno
 import gc
+import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
@@ -32,9 +35,12 @@ from planner.cli import (
 )
 from planner.cli.signature import with_fields
 from planner.cli.terminal import is_debugging, printable
-from planner.errors import EXIT_INTERRUPTED, LayerwiseError
+from planner.errors import EXIT_INTERRUPTED, LayerwiseError, UsageError
 
 EXIT_BUG: Final = 1
+_STDOUT: Final = 1
+_NOT_WRITTEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
+"""Errors of a pipe or of the disk that stdout goes to."""
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: of the command line; those of this process if left out.
     """
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, and a file that a command opens would take its place
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # for as long as this process lives
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -111,9 +120,12 @@ def plan() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    typed = shlex.join(["layerwise", *arguments])
+    typed = printable(shlex.join(["layerwise", *arguments]))  # names of files need not be text
     try:
-        app(args=list(arguments), prog_name="layerwise", obj=typed)
+        try:
+            app(args=list(arguments), prog_name="layerwise", obj=typed)
+        finally:
+            sys.stdout.flush()  # what does not fit is said here, not dropped while the interpreter ends
     except LayerwiseError as error:
         if is_debugging():
             traceback.print_exception(error)
@@ -127,6 +139,10 @@ def _run(arguments: Sequence[str]) -> int:
             print("error: interrupted", file=sys.stderr)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # what is left in the buffer has no place
+            print(f"error: cannot write the result: {error.strerror}", file=sys.stderr)
+            return UsageError.exit_code
         traceback.print_exception(error)
         print(
             f"error: {type(error).__name__} in layerwise itself. Please report it with the lines "

@@ -1,6 +1,5 @@
 """``plan``; and what every command that plans asks and refuses."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,8 @@ import typer
 from planner.cli.options import SAMPLES_PER_DEVICE, Asked
 from planner.cli.placing import Placed, place
 from planner.cli.terminal import Terminal, rendered
-from planner.errors import EXIT_INTERRUPTED, UsageError
+from planner.errors import EXIT_INTERRUPTED
+from planner.ir.canonical import target_of
 from planner.plan import Plan
 from planner.report import tables
 
@@ -137,9 +137,4 @@ def note_uneven(cases: Iterable[tuple[int, int]], terminal: Terminal) -> None:
 
 def refuse_unwritable(path: Path) -> None:
     """Refuse a place that cannot be written, before a long search."""
-    if path.is_dir():
-        raise UsageError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is not writable")
+    target_of(path)

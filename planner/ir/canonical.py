@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ MAX_KEYS: Final = 10_000
 """Of one object."""
 _EXACT_INTEGERS: Final = 2**53  # above, a float no longer tells neighbouring integers apart
 _SHOWN_CHARACTERS: Final = 60
+_NAME_CHARACTERS: Final = 40  # of a file's name in that of its temporary one: names have at most 255 bytes
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -138,10 +140,8 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         UsageError: the folder is missing or not writable, or the path is no regular file.
     """
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        raise UsageError(f"cannot write {str(path)!r}: it is not a regular file")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    target = target_of(path)
+    temporary = target.with_name(f".{target.name[:_NAME_CHARACTERS]}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -153,8 +153,32 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        advice = "" if target.parent.is_dir() else f"; there is no folder {str(path.parent)!r}"
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}{advice}") from error
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def target_of(path: Path) -> Path:
+    """Return the file that is written where a path is given: links are followed.
+
+    Raises:
+        UsageError: the folder is missing or not writable, or the path is no regular file and cannot become one.
+    """
+    try:
+        target = path.resolve()
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = stat.S_IFREG  # of a new one
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise UsageError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', error)}") from error
+    folder = target.parent if path.is_symlink() else path.parent
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"cannot write {str(path)!r}: it is a folder")
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"cannot write {str(path)!r}: it is not a regular file")
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {str(path)!r}: there is no folder {str(folder)!r}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write {str(path)!r}: the folder {str(folder)!r} is not writable")
+    return target
 
 
 def json_path(location: Sequence[str | int]) -> str:

@@ -1,6 +1,9 @@
 """Every command, its output and exit code, and every wrong input, as a user meets them."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from planner.plan import Plan
 from planner.plan.schema import json_schema
 from planner.search.auto import SOLVERS
 from planner.search.fixed import FIXED
-from support.command_line import layerwise, process
+from support.command_line import ROOT, layerwise, process
 from support.plans import Json, document
 
 VGG16 = ("vgg16", "--cluster", "4xa100-nvlink", "--batch", "256")
@@ -283,6 +286,30 @@ def test_wrong_input_exits_with_2_and_says_what(arguments: list[str], words: str
     assert (ran.code, ran.out) == (2, "")
     assert words in ran.error
     assert "Traceback" not in ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize(
+    ("stdout", "code", "said"),
+    [
+        ("> /dev/full", 2, "error: cannot write the result: No space left on device\n"),
+        ("| true", 1, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_no_bug(
+    stdout: str, code: int, said: str, edited: Callable[[Callable[[Json], object]], Path]
+) -> None:
+    command = f"set -o pipefail; {sys.executable} -m planner show {edited(lambda _: None)} {stdout}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_command_that_is_no_text_is_in_the_plan_as_it_would_be_printed(tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"\xff.json")
+    assert layerwise("plan", *SMALL, "-o", output).code == 0
+    assert r"\udcff.json" in Plan.load(output).provenance.command
 
 
 def test_a_missing_folder_is_refused_before_the_model_is_looked_at() -> None:

@@ -128,9 +128,23 @@ def test_writing_says_that_the_folder_is_missing(tmp_path: Path) -> None:
 
 
 def test_writing_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
-    for path in (tmp_path, Path(os.devnull)):
-        with pytest.raises(UsageError, match="not a regular file"):
+    circle, nowhere = tmp_path / "circle", tmp_path / "nowhere"
+    circle.symlink_to(circle)
+    nowhere.symlink_to(tmp_path / "none" / "plan.json")
+    refused = {
+        tmp_path: "it is a folder", Path(os.devnull): "not a regular file", circle: "[Ll]oop|not a regular file",
+        nowhere: "there is no folder .*none'", tmp_path / ("n" * 300): "File name too long",
+    }  # fmt: skip
+    for path, why in refused.items():
+        with pytest.raises(UsageError, match=f"cannot write .*({why})"):
             write_atomically(path, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"circle", "nowhere"}
+
+
+def test_a_name_may_be_as_long_as_the_system_lets_it(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    write_atomically(path, "text")
+    assert path.read_text() == "text"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(

@@ -1,6 +1,7 @@
 """A device profile in the making: nothing is lost, nothing is timed twice, other machines are refused."""
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from planner.errors import FormatError, MismatchError, UsageError
 from planner.ir import ops as ir
 from planner.measure.journal import JournalReader, JournalWriter
+from planner.measure.locks import locked
 from planner.measure.recording import SAVE_EVERY_S, Recording, environment
 from planner.measure.session import Found, Limits, Summary, measure_pieces
 from planner.measure.sizing import LEAST_SAMPLES, Rates, sized
@@ -262,6 +264,31 @@ def test_a_corrupt_file_is_refused_and_kept(tmp_path: Path, text: str) -> None:
 def test_a_file_that_cannot_be_written_is_an_error_of_the_request(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write"):
         session(PIECES, recording(tmp_path / "missing" / "p.json"), Timer())
+
+
+def test_who_comes_by_a_link_waits_for_who_comes_by_the_name(tmp_path: Path) -> None:
+    path, link = tmp_path / "p.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    order: list[str] = []
+
+    def by_link() -> None:
+        with locked(link):
+            order.append("link")
+
+    other = threading.Thread(target=by_link)
+    with locked(path):
+        other.start()
+        other.join(0.2)
+        order.append("name")
+    other.join()
+    assert order == ["name", "link"]
+
+
+def test_a_lock_that_somebody_made_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / ".p.json.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="cannot write beside"), locked(tmp_path / "p.json"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_the_environment_names_processor_software_and_command() -> None:
