@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from planner.errors import RunError, UsageError
 from runtime.ended import Ended, results_of
 from runtime.namespaces import Hosts
+from runtime.sigterm import sigterm_unwinds
 from runtime.slurm import adopt_step
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -149,7 +150,8 @@ def run_local(
 
     Every process joins the group (:func:`initialize`) and calls ``function(argument, process)``.
     They talk over loopback, or over the links of ``hosts``, and none outlives this call or this
-    process. What they print appears only in the error of a rank that failed.
+    process, nor do files of theirs, also where SIGTERM ends it (when called in the main thread).
+    What they print appears only in the error of a rank that failed.
 
     Args:
         function: ``package.module:name``, importable with this process's ``sys.path``.
@@ -168,7 +170,7 @@ def run_local(
         raise UsageError(f"{num_ranks} ranks asked, but there must be at least one")
     deadline_s = time.monotonic() + timeout_s
     ranks: list[_Rank] = []
-    with tempfile.TemporaryDirectory(prefix="layerwise-") as name:
+    with sigterm_unwinds(), tempfile.TemporaryDirectory(prefix="layerwise-") as name:
         folder = Path(name)
         call = {"function": function, "argument": argument, "timeout_s": timeout_s}
         (folder / "call.json").write_text(json.dumps(call), encoding="utf-8")

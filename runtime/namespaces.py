@@ -16,18 +16,16 @@ import itertools
 import os
 import re
 import shutil
-import signal
 import subprocess
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
 from planner.errors import RunError, UsageError
 from runtime.delayed import open_end, start_carrier
+from runtime.sigterm import sigterm_unwinds
 
 _INTERFACE: Final = "eth0"
 _BUCKET_S: Final = 1e-3
@@ -78,7 +76,7 @@ def two_hosts(rate_bytes_per_s: float | None, num_hosts: int = 2, delay_s: float
     _remove_leftovers()
     prefix = f"layerwise-{os.getpid()}-{next(_serial)}-"
     hosts = Hosts(tuple(f"{prefix}{index}" for index in range(num_hosts)))
-    with _sigterm_unwinds(), ExitStack() as undone:
+    with sigterm_unwinds(), ExitStack() as undone:
         undone.callback(lambda: _remove(name for name in _namespaces() if name.startswith(prefix)))
         if delay_s:
             _build_delayed(hosts, rate_bytes_per_s, delay_s, undone)
@@ -183,20 +181,3 @@ def _run(*command: str) -> str:
     if done.returncode != 0:
         raise RunError(f"{' '.join(command)!r} failed: {done.stderr.strip()}")
     return done.stdout
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that ``finally`` runs; only possible in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -90,16 +91,22 @@ def test_a_timeout_shows_where_each_rank_was() -> None:
 
 
 @pytest.mark.dist
-def test_ctrl_c_leaves_neither_ranks_nor_their_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_ctrl_c_and_sigterm_leave_neither_ranks_nor_their_children_nor_files(
+    number: signal.Signals, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files := tmp_path / "files").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(files))
+
     def interrupt() -> None:
         comes_true(lambda: have_started(tmp_path, 2), 60)
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)
 
     thread = threading.Thread(target=interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         thread.start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(raised):
             run_local("support.ranks:stay", str(tmp_path), num_ranks=2, timeout_s=90)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -107,6 +114,7 @@ def test_ctrl_c_leaves_neither_ranks_nor_their_children(tmp_path: Path) -> None:
     pids = [pid for pids in pids_in(tmp_path) for pid in pids]
     assert len(pids) == 4
     assert comes_true(lambda: not any(map(is_alive, pids)), 1)
+    assert list(files.iterdir()) == []
 
 
 @pytest.mark.dist
