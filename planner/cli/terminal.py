@@ -3,7 +3,7 @@
 import io
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +11,17 @@ from typing import Annotated, Any, Final, TextIO
 
 import typer
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from planner.cli import progress
 from planner.report.tables import Table
 
 _PIPE_WIDTH: Final = 1000  # a table in a file is as wide as its cells
 _TEXT_WIDTH: Final = 12  # that a column of text keeps, at least, in a narrow terminal
+_GAP: Final = 3  # between columns
 _SPELLED: Final = {code: rf"\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
     code: rf"\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
@@ -78,19 +81,23 @@ def is_debugging() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A table for rich; in a narrow terminal it leaves out what the table can spare, and says so."""
+    """A table for rich; a narrow terminal gets it without what it can spare, which is said, and then in parts."""
 
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        left_out: list[str] = []
-        found = _grid(self.table, left_out)
+        if self.table.title:
+            yield Text(self.table.title, style="bold")
+        kept, left_out = list(range(len(self.table.columns))), []
         for heading in self.table.spare:
-            if console.measure(found, options=options.update(width=_PIPE_WIDTH)).maximum <= options.max_width:
+            if _width(self.table, kept) <= options.max_width:
                 break
-            left_out.append(heading)
-            found = _grid(self.table, left_out)
-        yield found
+            left_out.append(heading.strip())
+            kept.remove(self.table.columns.index(heading))
+        for number, part in enumerate(_parts(self.table, kept, options.max_width)):
+            if number:
+                yield ""
+            yield _grid(self.table, part)
         if left_out:
             yield f"Left out, for want of room: {', '.join(left_out)}."
 
@@ -100,18 +107,40 @@ def rendered(table: Table) -> Rendered:
     return Rendered(table)
 
 
-def _grid(table: Table, left_out: Collection[str]) -> RichTable:
-    found = RichTable(
-        title=table.title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        show_edge=False, pad_edge=False, show_header=any(table.columns),
-    )  # fmt: skip
-    kept = [i for i, heading in enumerate(table.columns) if heading not in left_out]
+def _parts(table: Table, kept: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yield the columns of tables below each other: each has all text, and as many of the numbers as there is room."""
+    text, numbers = ([i for i in kept if (i < table.num_text) is wanted] for wanted in (True, False))
+    if _width(table, kept, _TEXT_WIDTH) <= most:
+        yield list(kept)
+        return
+    narrowest = most if _width(table, text) <= most / 2 else _TEXT_WIDTH
+    part = list(text)
+    for i in numbers:
+        if len(part) > len(text) and _width(table, [*part, i], narrowest) > most:
+            yield part
+            part = list(text)
+        part.append(i)
+    yield part
+
+
+def _width(table: Table, kept: Sequence[int], most_text: int = _PIPE_WIDTH) -> int:
+    """Return how wide these columns are, with text folded to so much."""
+    widths = [min(_cell_width(table, i), most_text if i < table.num_text else _PIPE_WIDTH) for i in kept]
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _cell_width(table: Table, column: int) -> int:
+    return max(cell_len(printable(cells[column])) for cells in (table.columns, *table.rows))
+
+
+def _grid(table: Table, kept: Sequence[int]) -> RichTable:
+    found = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=any(table.columns))
     for i in kept:
-        cells = [table.columns[i], *(row[i] for row in table.rows)]
+        width = _cell_width(table, i)
         if i < table.num_text:
-            found.add_column(table.columns[i], overflow="fold", min_width=min(_TEXT_WIDTH, max(map(len, cells))))
+            found.add_column(table.columns[i], overflow="fold", min_width=min(_TEXT_WIDTH, width))
         else:
-            found.add_column(table.columns[i], justify="right", no_wrap=True)
+            found.add_column(table.columns[i], justify="right", no_wrap=True, min_width=width)
     for number, row in enumerate(table.rows):
         found.add_row(*(printable(row[i]) for i in kept), style="bold" if number == table.emphasis else None)
     return found

@@ -136,7 +136,7 @@ def by_strategy(rows: Sequence[CaseRow]) -> Table:
         *(name for name in found if not name.startswith("planned")),
         *(n for n in found if n.startswith("planned")),
     ]
-    headings = tuple(" ".join(row.texts[name] for name in _telling(rows)) for row in rows)
+    headings = tuple(", ".join(row.texts[name] for name in _telling(rows)) for row in rows)
     speeds = [{_named(each): _speed(each) for each in row.strategies} for row in rows]
     cells = tuple((name, *(speed.get(name, UNKNOWN) for speed in speeds)) for name in names)
     emphasis = next((i for i, name in enumerate(names) if name.startswith("planned")), None)

@@ -176,7 +176,8 @@ def layers(rows: Sequence[LayerRow], title: str) -> Table:
         "bytes",
         "kept",
     )
-    return Table(title, columns, tuple(cells), num_text=4, emphasis=len(cells) - 1)
+    spare = ("backward FLOP", "kept", "operator", "bytes")
+    return Table(title, columns, tuple(cells), num_text=4, emphasis=len(cells) - 1, spare=spare)
 
 
 def parts(found: Sequence[Part]) -> Table:
