@@ -60,7 +60,10 @@ def parse_seconds(text: str) -> float:
 
 def parse_bit_rate(text: str) -> float:
     """Return the bytes per second of a link rate such as ``1gbit`` or ``200Mbit/s``."""
-    return _parse(text, _RATES, "link rate", "1gbit or 200mbit") / 8
+    rate = _parse(text, _RATES, "link rate", "1gbit or 200mbit") / 8
+    if rate == 0:
+        raise UsageError(f"link rate {text!r} is none: over such a link nothing arrives")
+    return rate
 
 
 def parse_bit_rates(text: str) -> tuple[float, ...]:
@@ -90,8 +93,8 @@ def format_bytes(value: float) -> str:
 
 
 def format_seconds(value: float, digits: int = 3) -> str:
-    """Return seconds as text with a prefix and so many significant digits."""
-    if value == 0:
+    """Return seconds as text with a prefix and so many significant digits; less than a femtosecond is rounding."""
+    if abs(value) < 1e-15:
         return "0 s"
     if abs(value) >= 1:
         return f"{value:.{digits}g} s" if abs(value) < 10**digits else f"{value:.0f} s"

@@ -84,7 +84,7 @@ def compare(
     if measure:
         _refuse_unraceable(asked, what_if)
     with terminal.working(f"comparing {asked.model}", silent=figures.on_stdout is not None) as say:
-        model, rows = _compared(asked, what_if, timed if measure else None, terminal, say)
+        model, rows, exit_code = _compared(asked, what_if, timed if measure else None, terminal, say)
     texts = {
         ".json": json.dumps(figures_of.document(model.name, model.changes, rows), indent=2) + "\n",
         ".csv": figures_of.as_csv(rows),
@@ -99,6 +99,8 @@ def compare(
     if figures.output is not None:
         write_atomically(figures.output, texts[figures.output.suffix])
         terminal.err.print(f"wrote {figures.output}")
+    if exit_code:
+        raise typer.Exit(exit_code)
     if fail_if_lost and any(row.has_lost for row in rows):
         raise typer.Exit(EXIT_LOST)
 
@@ -111,8 +113,11 @@ class _Model:
 
 def _compared(
     asked: Asked, what_if: WhatIf, timed: Timed | None, terminal: Terminal, say: Callable[[str], None]
-) -> tuple[_Model, list[comparison.CaseRow]]:
-    """Return the model and every case with its strategies; they are run too where it is said for how long."""
+) -> tuple[_Model, list[comparison.CaseRow], int]:
+    """Return the model, every case with its strategies, and the exit code: why there is no plan, if none has one.
+
+    The strategies are run too where it is said for how long.
+    """
     from planner.api import what_if as outcomes_of
 
     solvers = what_if.other_solvers()
@@ -122,6 +127,7 @@ def _compared(
     planner = prepared(asked, terminal, on=(cases[0].machine, cases[0].batch))
     note_uneven([(case.batch, case.num_devices) for case in cases], terminal)
     rows: list[comparison.CaseRow] = []
+    failures: list[int] = []
 
     def begin(case: "Case") -> None:
         if len(cases) > 1:
@@ -130,6 +136,7 @@ def _compared(
     for outcome in outcomes_of(planner, cases, solvers, begin):
         if outcome.error is not None and len(cases) == 1:
             raise outcome.error
+        failures += [] if outcome.error is None else [outcome.error.exit_code]
         row = _row(outcome, prices.get(outcome.case.cluster), what_if.samples_per_epoch)
         if timed is not None and outcome.comparison is not None:
             say("running strategies")
@@ -138,7 +145,8 @@ def _compared(
         rows.append(row)
         for name, why in row.missing:
             terminal.err.print(f"note: {name} found nothing: {why}")
-    return _Model(planner.traced.layers.name, planner.traced.changes), rows
+    exit_code = failures[0] if len(failures) == len(cases) else 0
+    return _Model(planner.traced.layers.name, planner.traced.changes), rows, exit_code
 
 
 def _row(outcome: "Outcome", price_per_h: float | None, samples_per_epoch: int | None) -> comparison.CaseRow:
@@ -180,6 +188,7 @@ def _of_one(row: comparison.CaseRow) -> Iterator[Rendered | str]:
     yield rendered(tables.strategies(row.strategies))
     yield tables.bound_sentence(row.strategies[-1].step_s, row.lower_bound_s)
     yield from tables.standing_sentences(row.strategies, row.lower_bound_s)
+    yield from comparison.use_sentences(row)
     yield from comparison.epoch_sentences(row)
     yield from _race(row)
 
@@ -187,8 +196,9 @@ def _of_one(row: comparison.CaseRow) -> Iterator[Rendered | str]:
 def _of_several(rows: Sequence[comparison.CaseRow]) -> Iterator[Rendered | str]:
     """Yield what is printed of several cases."""
     yield rendered(comparison.cases(rows))
-    yield ""
-    yield rendered(comparison.by_strategy(rows))
+    if any(row.strategies for row in rows):
+        yield ""
+        yield rendered(comparison.by_strategy(rows))
     yield from comparison.sentences(rows)
     for row in rows:
         if row.race is not None:

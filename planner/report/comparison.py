@@ -164,6 +164,12 @@ def sentences(rows: Sequence[CaseRow]) -> Iterator[str]:
             yield f"{named(row, rows)}: no plan. {row.why_not}"
 
 
+def use_sentences(row: CaseRow) -> Iterator[str]:
+    """Yield how many devices the planned strategy of the only case leaves idle."""
+    if row.planned is not None and row.num_used < row.num_devices:
+        yield f"The planned strategy uses {row.num_used} of {counted(row.num_devices, 'device')}."
+
+
 def epoch_sentences(row: CaseRow) -> Iterator[str]:
     """Yield how long an epoch of the only case takes, and what it costs."""
     if row.planned is None or (seconds := row.epoch_s(row.planned)) is None:

@@ -131,6 +131,19 @@ def test_a_case_without_a_plan_is_a_row_and_the_only_case_an_error() -> None:
     assert alone.code == 3
 
 
+def test_where_no_case_has_a_plan_a_script_learns_it_and_no_strategies_are_listed() -> None:
+    ran = layerwise("compare", *MODEL, "--devices", "2", "--memory-limit", "1KiB", "--batch", "2,4", "--fail-if-lost")
+    assert ran.code == 3
+    assert [f"batch {batch}: no plan. no strategy fits in 1 KiB" in ran.out for batch in (2, 4)] == [True, True]
+    assert "Samples per second" not in ran.out
+
+
+def test_devices_that_the_only_plan_leaves_idle_are_said() -> None:
+    asked = ("compare", *MODEL, "--cluster", "2x1-t4-eth10", "--batch", "8")
+    assert "The planned strategy uses 1 of 2 devices." in layerwise(*asked).out
+    assert "uses" not in layerwise(*asked, "--all-devices").out
+
+
 def test_a_script_learns_that_the_plan_lost_in_one_of_the_cases() -> None:
     asked = ("compare", *MODEL, "--devices", "2", "--scale", "1,2", "--batch", "64", "--solver", "model")
     assert layerwise(*asked).code == 0
@@ -150,6 +163,7 @@ def test_a_script_learns_that_the_plan_lost_in_one_of_the_cases() -> None:
         (("--devices", "4", "--scale", "2", "--mesh", "gpu=4"), "--mesh is of one number of devices"),
         (("--devices", "4", "--links", "1,fast"), "link rate 'fast'"),
         (("--devices", "4", "--links", "1,10"), "link rate '10'"),
+        (("--devices", "4", "--links", "0,10gbit"), "link rate '0gbit' is none"),
         (("--devices", "1", "--links", "1gbit"), "has one device"),
         (("--devices", "4", "--price", "4xaccelerator-nvlink=1"), "--samples-per-epoch"),
         (("--devices", "4", "--price", "x=1", "--samples-per-epoch", "9"), "unknown cluster 'x'"),

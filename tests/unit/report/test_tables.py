@@ -4,6 +4,7 @@ import pytest
 
 from planner.plan.schema import SchedulePart
 from planner.report.tables import StrategyRow, bound_sentence, source_sentence, strategies
+from planner.units import format_seconds
 from support.plans import document, plan_of
 
 
@@ -43,3 +44,8 @@ def test_a_pipeline_says_what_would_measure_the_pieces_that_are_fitted() -> None
     )
     measured = staged.model_copy(update={"totals": totals.model_copy(update={"fitted_s": 0.0})})
     assert source_sentence(measured) == "Compute: 100 % measured layer by layer."
+
+
+def test_what_is_left_of_a_sum_by_rounding_is_no_time() -> None:
+    assert [format_seconds(value) for value in (0.0, 1.73e-18, -1.73e-18)] == ["0 s"] * 3
+    assert format_seconds(1.5e-12) == "1.5e-06 µs"
