@@ -71,7 +71,7 @@ def local_parameter(parameter: nn.Parameter, layout: Layout, position: int) -> n
 
 
 def refuse_differing_models(module: nn.Module, communicator: Communicator) -> None:
-    """Check that all ranks have built the same model: names, shapes, element types, memory formats.
+    """Check that all ranks have built the same model: names, shapes, element types, memory formats, modes.
 
     Raises:
         MismatchError: on every rank, with the ranks that differ from the first.
@@ -84,19 +84,23 @@ def refuse_differing_models(module: nn.Module, communicator: Communicator) -> No
 
 
 ANOTHER_MODEL: Final = (
-    "names, shapes, element types, memory formats (channels_last) or requires_grad of its parameters and buffers "
-    "differ. Build and convert the model in the same way on all ranks."
+    "names, shapes, element types, memory formats (channels_last) or requires_grad of its parameters and buffers, or "
+    "which of its modules train, differ. Build and convert the model in the same way on all ranks."
 )
 
 
 def model_digest(module: nn.Module) -> str:
-    """Return a hash of all that ranks must have in common of a model: everything of its tensors but their values."""
+    """Return a hash of all that ranks must have in common of a model: tensors but for their values, and modes.
+
+    A batch norm in evaluation takes no statistics, which ranks where it trains would wait for.
+    """
 
     def described(tensor: torch.Tensor) -> list[object]:
         order = sorted((d for d in range(tensor.dim()) if tensor.shape[d] > 1), key=tensor.stride, reverse=True)
         return [list(tensor.shape), str(tensor.dtype), order, tensor.requires_grad]
 
     listed = [[name, *described(t)] for name, t in tensors_of(module).items()]
+    listed += [[name, each.training] for name, each in module.named_modules()]
     return sha256_of([[str(each) for each in one] for one in listed])
 
 

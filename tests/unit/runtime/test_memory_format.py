@@ -1,5 +1,6 @@
 """Tensors in channels_last stay so through moves, and give the numbers of one device."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,14 +63,22 @@ def test_channels_last_stays_and_trains_as_one_device(solver: str, devices: int)
     run_ranks(last, planned(solver, devices), work)
 
 
-def test_ranks_with_weights_in_other_formats_are_refused_on_all() -> None:
-    """Gradients are reduced in the order of memory: formats that differ would mix up elements."""
+def frozen() -> nn.Module:
+    model = build()
+    norm = next(each for each in model.modules() if isinstance(each, nn.BatchNorm2d))
+    norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("other", [last, frozen])
+def test_ranks_with_weights_in_other_formats_or_other_modes_are_refused_on_all(other: Callable[[], nn.Module]) -> None:
+    """Gradients are reduced in the order of memory; a batch norm in evaluation waits for nobody."""
     plan = planned()
     world = ThreadWorld(plan.mesh)
 
     def check(position: int) -> None:
-        model = last() if position else build()
-        with pytest.raises(MismatchError, match="channels_last"):
+        model = other() if position else build()
+        with pytest.raises(MismatchError, match=r"channels_last.*which of its modules train"):
             refuse_differing_models(model, ThreadCommunicator(world, position))
 
     threads = ThreadPoolExecutor(2)
