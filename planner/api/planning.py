@@ -28,6 +28,7 @@ from planner.ir.rules import InputOutput, default_io
 from planner.ir.schedule import CYCLIC, ScheduleKind
 from planner.ir.tensor import DType
 from planner.plan.build import Found, Request, build_pipelined_plan, build_plan
+from planner.plan.check import MAX_ELEMENTS
 from planner.plan.schema import BranchesPart, InputTensor, Plan
 from planner.profile.key import PieceKey
 from planner.profile.table import Measurement
@@ -697,8 +698,10 @@ def example_inputs(
     """Return meta tensors of these shapes (without batch) for a global batch.
 
     Raises:
-        UsageError: the batch is below 1.
+        UsageError: the batch is below 1, or an input would be larger than a plan may have it.
     """
     if batch < 1:
         raise UsageError(f"batch {batch} is not possible: it must be at least 1")
+    if any(batch * math.prod(shape) > MAX_ELEMENTS for shape in shapes):
+        raise UsageError(f"batch {batch} is not possible: an input would have more than {MAX_ELEMENTS} elements")
     return tuple(torch.empty((batch, *shape), dtype=getattr(torch, dtype.value), device="meta") for shape in shapes)

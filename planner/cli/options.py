@@ -1,6 +1,7 @@
 """What is asked on the command line of a model (``inspect``) and of a plan (``plan`` and ``compare``)."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from planner.space.constraints import Constraints
 
 SAMPLES_PER_DEVICE: Final = 32
+_DIGITS: Final = 18
+"""Of a number that is typed: more is no number of anything here."""
 """The default batch."""
 IN_CHANNEL: Final = frozenset({Dimension.IN_CHANNEL, Dimension.IN_CHANNEL_SCATTER})
 SPLITTABLE: Final = tuple(d.value for d in Dimension if d not in {Dimension.REPLICATE, Dimension.BROADCAST})
@@ -256,14 +259,18 @@ def counts(option: str, text: str) -> tuple[int, ...]:
         UsageError: one is none, or less than 1.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+    if not all(map(_is_count, parts)):
         raise UsageError(f"{option} {text!r} is not a number of at least 1, or several with commas between them")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _DIGITS and int(text) >= 1
+
+
 def _shape(sizes: str, text: str) -> Shape:
     found = sizes.split(",")
-    if not all(size.strip().isdecimal() and int(size) >= 1 for size in found):
+    if not all(_is_count(size.strip()) for size in found):
         raise UsageError(f"--input {text!r} is not a size of one sample, such as 3,224,224")
     return tuple(map(int, found))
 
@@ -287,8 +294,11 @@ def _argument(text: str) -> tuple[str, str | int | float | bool]:
     name, equals, value = text.strip().partition("=")
     if not equals or not name.isidentifier():
         raise UsageError(f"--model-args {text!r} is not of the form key=value")
+    if value.encode(errors="replace").decode() != value:
+        raise UsageError(f"--model-args {text!r} is not UTF-8 text, as plans are")
     try:
         found = json.loads(value.lower() if value in {"True", "False"} else value)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = value
-    return name, found if isinstance(found, int | float | bool) else value
+    is_number = isinstance(found, int | float) and abs(found) < math.inf  # a plan has no others
+    return name, found if is_number else value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from planner.cli.options import Asked, AskedModel
+from planner.cli.options import Asked, AskedModel, counts
 from planner.cli.planning import prepared, refuse_unwritable
 from planner.cli.signature import with_fields
 from planner.cli.terminal import Terminal
@@ -87,12 +87,9 @@ class AskedLayers(AskedModel):
         """Return ``--microbatches``.
 
         Raises:
-            UsageError: it is no list of numbers.
+            UsageError: it is no list of numbers of at least 1.
         """
-        numbers = [part.strip() for part in self.microbatches.split(",")] if self.microbatches else []
-        if not all(number.isdecimal() for number in numbers):
-            raise UsageError(f"--microbatches {self.microbatches}: give numbers, such as 1,4,8")
-        return tuple(map(int, numbers))
+        return counts("--microbatches", self.microbatches) if self.microbatches else ()
 
     def models(self) -> tuple[str, ...]:
         """Return the MODEL arguments.
