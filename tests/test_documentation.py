@@ -111,6 +111,18 @@ def test_every_command_of_a_page_runs_somewhere_or_says_why_it_does_not() -> Non
         assert re.match(r"(sudo python|python|torchrun|bash|layerwise) ", command), f"{command}: what runs it?"
 
 
+def test_a_plan_for_this_host_is_read_with_the_machine_named() -> None:
+    readers, unnamed = ("layerwise explain ", "layerwise report ", "layerwise trace "), []
+    for page in PAGES:
+        is_here = False
+        for command in typed.typed(page):
+            if command.startswith("layerwise plan "):
+                is_here = "--cluster local-" in command
+            elif is_here and command.startswith(readers) and "--cluster" not in command:
+                unnamed.append(f"{pages.name(page)}: {command}")
+    assert not unnamed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(map(typed.quick, typed.runs(page)))], ids=pages.name)
 def test_commands_of_a_page_that_start_no_process_run(

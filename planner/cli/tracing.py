@@ -25,7 +25,10 @@ class Target:
 
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="FILE|NAME", help="The machine to predict for; left out: the plan's, or this host."),
+        typer.Option(
+            metavar="FILE|NAME",
+            help="The machine to predict for; left out: the plan's, if it is known by name; of a run, this host.",
+        ),
     ] = None
     profile: Annotated[Path | None, typer.Option(metavar="FILE", help="A device profile to price layers with.")] = None
 

@@ -37,6 +37,7 @@ SMALLER = {
         "torchrun --nproc-per-node 2 --max-restarts 3 examples/train.py plan.json --checkpoint digits --epochs 1"
     ),
     "layerwise run plan.json": "{} --steps 2",
+    "layerwise explain plan.json --cluster local-2": "layerwise explain plan.json --cluster 2xaccelerator-nvlink",
     "python -m examples.brain_tumor.study variants": "{} --epochs 1 --seeds 1 --size 16",
     "python -m examples.brain_tumor.study variants -o examples/brain_tumor/variants.csv": (
         "{} --epochs 1 --seeds 1 --size 16 -o rows.csv"
