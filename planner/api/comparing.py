@@ -124,6 +124,8 @@ def compare(
     asked = options_of(**options)
     found = machine or machine_of(cluster, devices, asked.precision, profile)
     name = origin or Origin(type(model).__name__)
+    if isinstance(solvers, str):
+        raise UsageError(f"solvers is {solvers!r}, which is one text: give a list of names")
     planner = prepare(model, example_inputs, found, asked, name, example_keywords)
     return compare_with(planner, solvers)
 

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +71,9 @@ def machine_of(
     Raises:
         UsageError: both or none is given, the cluster is unknown, or the profile cannot be read.
     """
+    count: object = devices  # of any kind, where nothing checks types
+    if count is not None and not (isinstance(count, Integral) and count >= 1):
+        raise UsageError(f"devices is {count!r}, which is not a number of at least 1")
     machine = _plain_machine(cluster, devices, precision)
     if profile is not None:
         asked = read_profile(Path(profile))

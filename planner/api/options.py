@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from planner.errors import UnknownNameError, UsageError
 from planner.ir.dimension import Dimension
@@ -85,6 +86,41 @@ def options_of(**asked: Any) -> Options:
     if not isinstance(asked.get("constraints", NO_CONSTRAINTS), Constraints):
         raise UsageError("constraints must be a planner.api.Constraints; or give pin=[...], forbid=[...], tie=[...]")
     return Options(**asked)
+
+
+def refuse_useless(options: Options) -> None:
+    """Check that every option is of its kind, and one of its names where it has few.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name, kind in get_type_hints(Options).items():
+        value = getattr(options, name)
+        names = [each for part in (kind, *get_args(kind)) if get_origin(part) is Literal for each in get_args(part)]
+        if isinstance(value, str) and value in names:
+            continue
+        if isinstance(value, str) and names and int not in get_args(kind):
+            raise UnknownNameError(name.replace("_", " "), value, names)
+        if not _is_of(value, kind):
+            text = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            raise UsageError(f"{name} is {value!r}, which is not {text}")
+    names = [dimension.value for dimension in Dimension]
+    if isinstance(options.dimensions, str):
+        raise UsageError(f"dimensions is {options.dimensions!r}, which is one text: give a list, of {', '.join(names)}")
+    for dimension in options.dimensions:
+        if dimension not in names:
+            raise UnknownNameError("dimension", str(dimension), names)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value is of an annotation; collections and names of few are not looked into."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_is_of(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return False
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from planner.api.baselines import Baseline, baselines
 from planner.api.branches import best_with_branches, branch_floor
 from planner.api.machine import Machine, machine_of, time_layers
 from planner.api.meshes import Counts, fewer_meshes, whole_meshes
-from planner.api.options import Options, Origin, options_of
+from planner.api.options import Options, Origin, options_of, refuse_useless
 from planner.api.pipelines import Pieces, Pipeline, best_pipeline, pipelined, refuse_uneven
 from planner.api.tour import EQUAL, Tour, fastest
 
@@ -524,8 +524,11 @@ def prepare(
         UsageError: an option is unknown.
         TraceError: the model cannot be traced.
     """
-    _refuse_unknown(options)
+    refuse_useless(options)
+    if options.solver not in SOLVERS:
+        raise UnknownNameError("solver", options.solver, SOLVERS)
     _refuse_other_sharding(options)
+    _refuse_no_model(model, example_inputs)
     inputs = [*example_inputs, *example_keywords.values()]
     if not inputs or not inputs[0].dim() or inputs[0].shape[0] < 1:
         raise UsageError("the batch must be at least 1 (the first size of every example input)")
@@ -549,22 +552,18 @@ def prepare(
     return planner
 
 
-def _refuse_unknown(options: Options) -> None:
-    """Check every option that is one of a few names.
+def _refuse_no_model(model: object, example_inputs: object) -> None:
+    """Check that there is a model to trace, and what it is traced with.
 
     Raises:
-        UnknownNameError: it is none of them.
+        UsageError: there is not, but maybe its name, one tensor, or sizes.
     """
-    for kind, name, known in (
-        ("solver", options.solver, SOLVERS),
-        ("parameter sharding", options.parameter_sharding or "none", ParameterSharding),
-        ("shares", options.shares, ("auto", "equal")),
-        ("choice of branches", options.branches, ("auto", "none")),
-        ("halo overlap", options.halo_overlap, HaloOverlap),
-        ("halo recompute", options.halo_recompute, HaloRecompute),
-    ):
-        if name not in tuple(known):
-            raise UnknownNameError(kind, name, [str(each) for each in known])
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is {model!r}, which is no torch.nn.Module; planner.frontend.source.load_model makes one"
+        )
+    if not isinstance(example_inputs, Sequence) or not all(isinstance(x, torch.Tensor) for x in example_inputs):
+        raise UsageError("example_inputs is a tuple of tensors, such as (torch.empty(256, 3, 224, 224),)")
 
 
 def _refuse_other_sharding(options: Options) -> None:
