@@ -88,6 +88,19 @@ def decode(model_type: type[ModelT], text: str | bytes, what: str) -> ModelT:
         raise FormatError(what, _problems(error)) from error
 
 
+@contextlib.contextmanager
+def bounded(what: str) -> Iterator[None]:
+    """Say it where the body makes a model that no file may have; also decorates functions.
+
+    Raises:
+        FormatError: as in ``decode``.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise FormatError(what, _problems(error)) from error
+
+
 def decode_file(model_type: type[ModelT], path: Path, what: str) -> ModelT:
     """Return the model that a JSON file describes.
 

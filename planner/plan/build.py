@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, Final
 
 from planner.cost.simulate import Timeline
 from planner.cost.table import CostTable
+from planner.ir.canonical import bounded
 from planner.ir.ops import describe
 from planner.plan.schema import (
     AxisPart,
@@ -30,6 +31,8 @@ from planner.plan.schema import (
     TotalsPart,
 )
 from planner.profile.table import Source
+
+_PLAN: Final = "the plan of this model on this machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +129,13 @@ class PipelinedPlan:
     graph_sha256: str
 
 
+@bounded(_PLAN)
 def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], request: Request) -> Plan:
-    """Return the plan of a strategy."""
+    """Return the plan of a strategy.
+
+    Raises:
+        FormatError: a figure is beyond what plans hold: the machine is of a file, and slow or fast beyond all measure.
+    """
     space, timeline = table.space, found.timeline
     return Plan(
         model=_model_part(table, request, space.graph.digest),
@@ -153,8 +161,9 @@ def build_plan(table: CostTable, found: Found, baselines: Sequence[Found], reque
     )  # fmt: skip
 
 
+@bounded(_PLAN)
 def build_pipelined_plan(found: PipelinedPlan, baselines: Sequence[Found], request: Request) -> Plan:
-    """Return the plan of a pipeline."""
+    """Return the plan of a pipeline; raises as ``build_plan``."""
     table = found.stages[0].table
     stages = []
     for stage in found.stages:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from planner.devices import clusters, device_kinds
+from planner.devices import cluster, clusters, device_kinds
+from planner.devices.schema import write_cluster
 from planner.plan import Plan
 from planner.plan.schema import json_schema
 from planner.search.auto import SOLVERS
@@ -316,6 +317,21 @@ def test_a_command_that_is_no_text_is_in_the_plan_as_it_would_be_printed(tmp_pat
     output = tmp_path / os.fsdecode(b"\xff.json")
     assert layerwise("plan", *SMALL, "-o", output).code == 0
     assert r"\udcff.json" in Plan.load(output).provenance.command
+
+
+@pytest.mark.parametrize("options", [("--all-devices",), ("--stages", "2")], ids=" ".join)
+def test_a_machine_too_slow_for_the_figures_of_a_plan_is_refused(options: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "slow.json"
+    write_cluster(cluster("2xt4-pcie"), path)
+    slow = json.loads(path.read_text())
+    for device in slow["devices"]:
+        device["peak_flop_per_s"] = {"fp32": 1e-6}
+    path.write_text(json.dumps(slow))
+    ran = layerwise("plan", "lenet5", "--cluster", path, "--batch", "8192", *options, "-o", tmp_path / "plan.json")
+    assert (ran.code, ran.out) == (2, "")
+    assert "the plan of this model on this machine is not valid: $." in ran.error
+    assert "should be less than or equal to 1000000000000000, found" in ran.error
+    assert [each.name for each in tmp_path.iterdir()] == ["slow.json"]
 
 
 def test_a_missing_folder_is_refused_before_the_model_is_looked_at() -> None:
