@@ -33,7 +33,7 @@ def load_newest(
         UsageError: there are checkpoints, and none of them is whole.
         MismatchError: the newest is of another model or optimizer, or ranks see different folders.
     """
-    part, place = Part.of(net), Path(parent).resolve()
+    part, place = Part.of(net), Path(os.path.realpath(parent))
     folders = _by_step(place)
     part.refuse_differing(f"the names {[folder.name for folder in folders]}", place)
     failed: LayerwiseError | None = None

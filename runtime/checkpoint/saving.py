@@ -253,8 +253,11 @@ def step_of(folder: Path) -> int:
 def _about(found: Stored) -> Mapping[str, Any]:
     """Return what a checkpoint says beside its tensors."""
     blobs = found.blobs(_ABOUT)
-    about: Mapping[str, Any] = _unpacked(blobs[_ABOUT]) if blobs else {}
-    if about.get("format") != FORMAT:
+    try:
+        about = _unpacked(blobs[_ABOUT]) if blobs else {}
+    except Exception as error:  # unpickling may raise anything
+        raise UsageError(f"{found.folder} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UsageError(f"{found.folder} was not written by this version of runtime.checkpoint")
     return about
 
@@ -407,4 +410,4 @@ def _device(part: Part) -> torch.device:
 
 
 def _path(folder: str | os.PathLike[str]) -> Path:
-    return Path(folder).resolve()
+    return Path(os.path.realpath(folder))  # links in a circle are told of where it is written or read

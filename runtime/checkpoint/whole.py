@@ -300,7 +300,8 @@ def write_file(value: Any, path: Path) -> None:
     """Write what ``torch.load`` reads; the file has its name only when all of it is on disk."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as stream:
+        unfinished.unlink(missing_ok=True)  # of a call that was killed, or somebody's link, which is not followed
+        with unfinished.open("xb") as stream:
             torch.save(value, stream)
             stream.flush()
             os.fsync(stream.fileno())

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from planner.plan import Plan
 from runtime import checkpoint
 from runtime.checkpoint import saving, storage
 from runtime.checkpoint.generators import generators, restore_generators
+from runtime.checkpoint.stored import Stored
 from runtime.checkpoint.whole import Part
 from runtime.data import own_samples
 from runtime.module import ParallelModule
@@ -148,6 +150,15 @@ def test_full_states_are_those_of_one_device(sharding: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_lies_under_the_temporary_name_of_an_export_is_not_written_to(tmp_path: Path) -> None:
+    file, other = tmp_path / "model.pt", tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / ".model.pt.unfinished").symlink_to(other)
+    checkpoint.export(build(), file)
+    assert torch.load(file, weights_only=True).keys() == build().state_dict().keys()
+    assert (other.read_text(), sorted(tmp_path.iterdir())) == ("mine", [file, other])
+
+
 def test_a_plain_module_saves_and_loads_and_torch_reads_the_weights(tmp_path: Path) -> None:
     net, make = build(), OPTIMIZERS["momentum"]
     optimizer = make(groups(net))
@@ -232,6 +243,23 @@ class TestReplacing:
         with pytest.raises(UsageError, match="is a file"):
             checkpoint.save(build(), None, folder / "notes.txt", step=2)
         assert checkpoint.load(build(), None, folder).step == 1
+
+    def test_links_in_a_circle_are_no_checkpoint_and_are_not_replaced(self, tmp_path: Path) -> None:
+        (circle := tmp_path / "circle").symlink_to("circle")
+        with pytest.raises(RunError, match=r"saving .*circle failed"):
+            checkpoint.save(build(), None, circle, step=2)
+        with pytest.raises(UsageError, match=r"there is no checkpoint .*circle"):
+            checkpoint.load(build(), None, circle)
+        assert checkpoint.load_newest(build(), None, circle) is None
+        assert circle.is_symlink()
+
+    @pytest.mark.parametrize("about", [b"", b"no archive", pickle.dumps(os.system), saving._packed([1])])
+    def test_what_a_checkpoint_says_of_itself_may_be_anything(
+        self, about: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Stored, "blobs", lambda _, *keys: dict.fromkeys(keys, about))
+        with pytest.raises(UsageError, match=r"is damaged|was not written by this version"):
+            checkpoint.load(build(), None, folder)
 
     def test_an_error_behind_training_is_raised_by_wait_or_by_the_next_save(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
