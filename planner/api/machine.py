@@ -72,7 +72,7 @@ def machine_of(
         UsageError: both or none is given, the cluster is unknown, or the profile cannot be read.
     """
     count: object = devices  # of any kind, where nothing checks types
-    if count is not None and not (isinstance(count, Integral) and count >= 1):
+    if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
         raise UsageError(f"devices is {count!r}, which is not a number of at least 1")
     machine = _plain_machine(cluster, devices, precision)
     if profile is not None:
