@@ -25,8 +25,8 @@ def test_the_wheel_holds_both_packages_with_their_data_and_nothing_else(tmp_path
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"planner", "runtime"}
     assert len(top) == 3
-    assert "layerwise = planner.cli.main:main" in scripts
-    assert "plan = planner.cli.main:plan" in scripts
+    assert "layerwise = planner.cli.start:main" in scripts
+    assert "plan = planner.cli.start:plan" in scripts
     for package in ("planner", "runtime"):
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert sources <= names

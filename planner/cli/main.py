@@ -1,4 +1,4 @@
-"""The scripts ``layerwise`` and ``plan``: all commands, and what their errors look like."""
+"""``layerwise``: all commands, and what their errors look like."""
 
 import errno
 import gc

@@ -313,6 +313,19 @@ def test_a_result_that_cannot_be_written_is_no_bug(
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_ctrl_c_while_the_commands_are_imported_is_said_in_a_line() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'networkx': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "import runpy; runpy.run_module('planner', run_name='__main__')\n"
+    )
+    ran = process("-c", code)
+    assert (ran.code, ran.out, ran.err) == (130, "", "error: interrupted\n")
+
+
 def test_a_command_that_is_no_text_is_in_the_plan_as_it_would_be_printed(tmp_path: Path) -> None:
     output = tmp_path / os.fsdecode(b"\xff.json")
     assert layerwise("plan", *SMALL, "-o", output).code == 0
