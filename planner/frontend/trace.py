@@ -10,6 +10,7 @@ The model is traced on a batch of a prime number of samples, see ``planner.front
 import contextlib
 import copy
 import inspect
+import io
 import itertools
 import logging
 import operator
@@ -460,7 +461,8 @@ def _exported(root: nn.Module, values: Inputs, keywords: Keywords) -> fx.Graph:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # where export fails too, the first error says more than its reports
     try:
-        graph = trace_by_export(root, values, keywords)
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph until there, of any length
+            graph = trace_by_export(root, values, keywords)
     finally:
         logging.disable(level)
     graph.traced_by = "export"  # type: ignore[attr-defined]  # a note for reports

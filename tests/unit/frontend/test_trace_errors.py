@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from examples import own_cnn
 from planner.errors import TraceError
 from planner.frontend.lower import trace_layers
 
@@ -275,3 +276,9 @@ def test_the_message_is_all_that_is_said(caplog: pytest.LogCaptureFixture, capfd
     refusal(Refused(lambda x: x[:, :3] * x[:, :4]), IMAGE)
     assert [record for record in caplog.records if record.levelname in {"WARNING", "ERROR"}] == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_graph_that_torch_prints_where_export_fails_too_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(own_cnn.build_model(), (4, 3, 32))
+    assert "fails on inputs of shape (4, 3, 32)" in said
+    assert capsys.readouterr() == ("", "")
