@@ -23,7 +23,7 @@ from planner.errors import RunError, UsageError
 from runtime.ended import Ended, results_of
 from runtime.namespaces import Hosts
 from runtime.sigterm import sigterm_unwinds
-from runtime.slurm import adopt_step
+from runtime.slurm import adopt_step, whole_number
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
@@ -78,7 +78,7 @@ def own_process() -> Process:
         UsageError: the environment describes no group.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else _place()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_rank = whole_number("LOCAL_RANK", rank)
     return Process(rank, world_size, local_rank, _device(local_rank, world_size))
 
 
@@ -108,7 +108,7 @@ def _join_group(process: Process, timeout: timedelta) -> None:
             world_size=world_size,
             timeout=timeout,
         )
-    except RuntimeError as error:  # torch's own errors of stores and backends are RuntimeErrors
+    except (RuntimeError, ValueError) as error:  # torch's own of stores and backends, and of a port that is no number
         raise RunError(f"rank {rank} of {world_size} could not join the process group: {error}") from error
 
 
@@ -123,14 +123,14 @@ def _place() -> tuple[int, int]:
             f"this process belongs to no group: {', '.join(missing)} not set in the environment. "
             "Start it with `torchrun --nproc-per-node N ...`, or with srun"
         )
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError as error:
-        raise UsageError(f"RANK and WORLD_SIZE must be whole numbers: {error}") from error
+    rank, world_size = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise UsageError(f"RANK is {rank}, but WORLD_SIZE is {world_size}: ranks are counted from 0")
+    return rank, world_size
 
 
 def _device(local_rank: int, world_size: int) -> torch.device:
-    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    num_local = whole_number("LOCAL_WORLD_SIZE", world_size)
     if torch.cuda.is_available() and torch.cuda.device_count() >= num_local:
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -30,7 +30,7 @@ def adopt_step(environment: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         UsageError: the environment describes a step, but not this task's place in it.
     """
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if "RANK" in environment or whole_number("SLURM_STEP_NUM_TASKS", 1, environment) < 2:
         return
     if missing := [name for name in _NEEDED if not environment.get(name)]:
         raise UsageError(
@@ -41,11 +41,23 @@ def adopt_step(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault(name, value)
 
 
+def whole_number(name: str, otherwise: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the value of a variable.
+
+    Raises:
+        UsageError: it is no whole number of at least 0.
+    """
+    text = environment.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise UsageError(f"{name} in the environment must be a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
 def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what torchrun would set in a task of a step."""
     counts = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
+    job, step = (whole_number(name, 0, environment) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],

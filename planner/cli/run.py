@@ -56,8 +56,10 @@ def run(
                 refuse_unwritable(place)
     argument = {"plan": found.to_json(), "steps": timed.steps, "warmup": timed.warmup}
     if launched:
-        require_single_rank_count(found, int(os.environ["WORLD_SIZE"]))
-        is_here = int(os.environ.get("LOCAL_WORLD_SIZE", found.num_ranks)) == found.num_ranks
+        from runtime.slurm import whole_number
+
+        require_single_rank_count(found, whole_number("WORLD_SIZE", 1))
+        is_here = whole_number("LOCAL_WORLD_SIZE", found.num_ranks) == found.num_ranks
         outcome = _as_rank(argument)
         if outcome is None:
             return

@@ -51,6 +51,27 @@ def test_an_environment_without_a_group_is_a_usage_error_that_names_what_is_miss
         run_local("support.ranks:describe", None, num_ranks=0, timeout_s=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "error", "said"),
+    [
+        ("RANK", "x", UsageError, "RANK in the environment must be a whole number of at least 0, not 'x'"),
+        ("RANK", "2", UsageError, "RANK is 2, but WORLD_SIZE is 2"),
+        ("WORLD_SIZE", "-1", UsageError, "WORLD_SIZE in the environment must be"),
+        ("LOCAL_RANK", "", UsageError, "LOCAL_RANK in the environment must be"),
+        ("LOCAL_WORLD_SIZE", "1.0", UsageError, "LOCAL_WORLD_SIZE in the environment must be"),
+        ("MASTER_PORT", "http", RunError, "could not join the process group: .*'http'"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_an_error_of_ours(
+    name: str, text: str, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for each, value in (place | {"MASTER_PORT": "29400", name: text}).items():
+        monkeypatch.setenv(each, value)
+    with pytest.raises(error, match=said):
+        initialize(timeout_s=1)
+
+
 @pytest.mark.dist
 def test_results_come_back_in_rank_order() -> None:
     argument = {"x": [1, 2.5, None]}
