@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -78,7 +79,7 @@ def load_model(
         whole = _call(found.build, reference, arguments, _ways(device))
         return LoadedModel(found.part(whole), name, reference, found.input_shapes(whole))
     path = Path(place) if place.endswith(".py") else None
-    with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
+    with _on_sys_path(Path(os.path.realpath(path.parent)) if path else Path.cwd()):
         factory = _find(reference, path or place, attribute)
         module = _call(factory, reference, arguments, _ways(device))
     return LoadedModel(module, attribute, reference, _input_shapes(factory) or _input_shapes(module))
@@ -98,7 +99,7 @@ def load_callable(reference: str, what: str) -> Callable[..., Any]:
     if not colon:
         raise UsageError(f"{what} {reference!r}: give package.module:callable or path/to/file.py:callable")
     path = Path(place) if place.endswith(".py") else None
-    with _on_sys_path(path.parent.resolve() if path else Path.cwd()):
+    with _on_sys_path(Path(os.path.realpath(path.parent)) if path else Path.cwd()):
         return _find(reference, path or place, attribute)
 
 
@@ -115,7 +116,7 @@ def _on_sys_path(folder: Path) -> Iterator[None]:
 
 def _find(reference: str, place: Path | str, attribute: str) -> Callable[..., object]:
     """Return the callable of this name in a file or module."""
-    if isinstance(place, Path) and not place.is_file():
+    if isinstance(place, Path) and not os.path.isfile(place):  # noqa: PTH113  # that of Path raises for long names
         raise UsageError(f"model {reference!r}: there is no file {str(place)!r}")
     try:
         module = _run_file(place) if isinstance(place, Path) else importlib.import_module(place)

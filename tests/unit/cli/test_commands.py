@@ -279,6 +279,7 @@ def test_version() -> None:
         (["profile", "layers", "lenet5", "--devices", "1", "--microbatches", "0", "-o", "p"], "'0' is not a number"),
         (["plan", "lenet5", "--cluster", "4xv100-nvlink", "--precision", "bf16"], "no bf16 rate"),
         (["plan", "nets.py:net", "--devices", "2"], "there is no file 'nets.py'"),
+        (["plan", f"{'n' * 300}.py:net", "--devices", "2"], "there is no file 'nnn"),
         (["plan", "torch.nn:Identity", "--devices", "2"], "give --input"),
         (["plan", "lenet5", "--devices", "2", "--clustr", "x"], "--cluster"),
         (["plan", "lenet5", "--devices", "2", "-o", "no/such/plan.json"], "there is no folder 'no/such'"),
@@ -311,6 +312,12 @@ def test_a_result_that_cannot_be_written_is_no_bug(
     command = f"set -o pipefail; {sys.executable} -m planner show {edited(lambda _: None)} {stdout}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_model_in_a_folder_that_is_a_link_to_itself_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    ran = layerwise("plan", f"{tmp_path}/circle/nets.py:net", "--devices", "2")
+    assert (ran.code, "there is no file" in ran.error) == (2, True)
 
 
 def test_ctrl_c_while_the_commands_are_imported_is_said_in_a_line() -> None:
