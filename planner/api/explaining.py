@@ -72,7 +72,7 @@ def explain(
     planner, among = _around(plan, machine)
     graph = planner.traced.layers
     if layer not in graph.index:
-        raise UnknownNameError("layer", layer, list(graph.index))
+        raise UnknownNameError("layer", layer, list(graph.index), "(`layerwise show` lists them)")
     name = LayerId(layer)
     wins = tuple(_Changes(planner, among, plan).flips(name, progress)) if flips else ()
     step_s = simulated_step_s(among.table, among.choice, among.bucket_bytes)

@@ -7,7 +7,7 @@ import typer
 
 from planner.cli.terminal import Terminal, rendered
 from planner.devices.graph import PRECISIONS
-from planner.errors import UnknownNameError, UsageError
+from planner.errors import UnknownNameError
 from planner.report.tables import Table
 from planner.units import GB, TERA, format_seconds
 
@@ -25,7 +25,8 @@ def models(
     library, colon, wanted = pattern.rpartition(":")
     table = _library_table(library, wanted) if colon else _shipped_table(wanted)
     if not table.rows:
-        raise UsageError(f"no model is called {pattern!r}")
+        whole = _library_table(library, "*") if colon else _shipped_table("*")
+        raise UnknownNameError("model", pattern, [row[0] for row in whole.rows])
     terminal.out.print(rendered(table))
     if not colon:
         terminal.out.print(

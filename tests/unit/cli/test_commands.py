@@ -219,7 +219,7 @@ def test_a_pattern_chooses_models() -> None:
     assert "resnet18" not in found
     nothing, library = layerwise("models", "vgg7*"), layerwise("models", "tim:*")
     assert (nothing.code, library.code) == (2, 2)
-    assert "no model is called 'vgg7*'" in nothing.error
+    assert "unknown model 'vgg7*'. Did you mean 'vgg" in nothing.error
     assert "unknown library of models 'tim'. Did you mean 'timm'?" in library.error
 
 

@@ -33,6 +33,8 @@ from support.command_line import layerwise
         ("profile links --ranks 1 -o x.json", "greater than or equal to 2"),
         ("profile fit none.json", "cannot read device profile 'none.json'"),
         ("reproduce hypr", "Did you mean 'hypar'"),
+        ("models resnt18", "unknown model 'resnt18'. Did you mean 'resnet18'"),
+        ("models resnt*", "unknown model 'resnt*'"),
         ("reproduce hypar -o x.txt", "give a name that ends in .csv"),
         ("decompose lenet5 --input 3,32", "a number of parts for each of the 1 dimensions of space"),
         ("schema --partitions", "--partition"),
