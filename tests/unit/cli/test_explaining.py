@@ -51,7 +51,8 @@ def test_json_has_all_digits_and_what_would_have_to_change(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("layer", "message"), [("features.33", "Did you mean 'features.3'"), ("nothing-like-it", "(`layerwise show` lists them)")]
+    ("layer", "message"),
+    [("features.33", "Did you mean 'features.3'"), ("nothing-like-it", "(`layerwise show` lists them)")],
 )
 def test_an_unknown_layer_is_refused(folder: Path, layer: str, message: str) -> None:
     ran = layerwise("explain", folder / "auto.json", layer)
