@@ -20,6 +20,8 @@ ELSEWHERE = {
         "tests/unit/runtime/test_ray.py",
         '"run", "p.json", "--launcher", "ray"',
     ),
+    "layerwise plan lenet5 --cluster 4xsamg55-wlan4 --objective inference-rate --group 2 --element-bytes 8 --time-limit"
+    " 10s -o p.json": ("tests/unit/cli/test_placing.py", '"lenet5", "--cluster", "4xsamg55-wlan4"'),
 }
 """By command: a file that runs it, and what stands there."""
 QUICK = {
