@@ -34,7 +34,7 @@ KEEP_MEMORY: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**
 every time: an addition with a result of 51 MB took 38 ms, and 7 ms with these settings; those of the user win."""
 INTERFACES: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _POLL_S: Final = 0.02
-_SETTLE_S: Final = 0.1  # after the first failure: time for its cause to show up, when that is another rank
+_SETTLE_S: Final = 1.0  # after the first failure: time for its cause to show up, when that is another rank
 _TERMINATE_S: Final = 1.0
 
 
@@ -263,11 +263,11 @@ def _nothing() -> None:
 
 
 def _watch(ranks: Sequence[_Rank], deadline_s: float, while_waiting: Callable[[], object]) -> set[int]:
-    """Wait until all are done, one has failed or time is up; return those that still run."""
+    """Wait until all are done, the others had time to fail too, or time is up; return those that still run."""
+    has_failed = False
     while any(rank.is_running() for rank in ranks) and time.monotonic() < deadline_s:
-        if any(rank.has_failed() for rank in ranks):
-            time.sleep(_SETTLE_S)
-            break
+        if not has_failed and any(rank.has_failed() for rank in ranks):
+            has_failed, deadline_s = True, min(deadline_s, time.monotonic() + _SETTLE_S)
         while_waiting()
         time.sleep(_POLL_S)
     return {rank.rank for rank in ranks if rank.is_running()}
