@@ -129,9 +129,8 @@ def measured(network: str, rates: Sequence[str], rounds: int, budget_s: float) -
 
 def plans_of(planner: Planner) -> dict[str, Plan]:
     """Return the plan that computes what its rivals do, and with batch norm also the one that equals one device."""
-    graph = planner.traced.layers
-    operators = (part.op for layer in graph.layers for part in (layer, *layer.absorbed))
-    if graph.batch == 1 or not any(isinstance(op, ir.BatchNorm) for op in operators):
+    operators = (part.op for layer in planner.traced.layers.layers for part in (layer, *layer.absorbed))
+    if not any(isinstance(op, ir.BatchNorm) for op in operators):
         return {PLANNED: planner.plan()}
     return {PLANNED: plan_with(planner, sync_batch_norm=False), SYNCHRONISED: planner.plan()}
 
@@ -177,6 +176,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         if ALONE in ways:
             text += f", {ways[ALONE].times_planned:.2f} times as fast as one device"
             text += f", {ways[UNDISTURBED].times_planned:.2f} times where the other one is idle"
+        if ALONE in ways and SYNCHRONISED in ways:
+            text += f"; synchronised {ways[ALONE].times_planned / ways[SYNCHRONISED].times_planned:.2f} times"
         yield text
 
 

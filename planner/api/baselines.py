@@ -56,7 +56,7 @@ def baselines(planner: "Planner") -> tuple[Baseline, ...]:
     for name, rule in FIXED.items():
         mesh = planner.fixed_mesh(name)
         try:
-            splits[name] = fixed_splits(name, graph, mesh)
+            splits[name] = fixed_splits(name, graph, mesh, own_statistics=not planner.options.sync_batch_norm)
         except InfeasibleError as error:  # the mesh is too large for the network
             _log.info("no baseline %s: %s", name, error)
             impossible.append(name)

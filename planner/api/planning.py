@@ -23,7 +23,9 @@ from planner.errors import InfeasibleError, LayerwiseError, UnknownNameError, Us
 from planner.frontend.lower import TracedModel, trace_layers
 from planner.frontend.trace import NO_KEYWORDS
 from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
+from planner.ir.graph import LayerGraph
 from planner.ir.mesh import Mesh
+from planner.ir.ops import BatchNorm
 from planner.ir.rules import InputOutput, default_io
 from planner.ir.schedule import CYCLIC, ScheduleKind
 from planner.ir.tensor import DType
@@ -205,7 +207,10 @@ class Planner:
         constraints = self.options.constraints
         model = self.cost_model(mesh)
         shares = equal_pieces if self.options.shares == "equal" else Proportions(model).of_layer
-        return enumerate_splits(self.traced.layers, mesh, self.io(mesh), self.dimensions, constraints, shares)
+        return enumerate_splits(
+            self.traced.layers, mesh, self.io(mesh), self.dimensions, constraints, shares,
+            own_statistics=not self.options.sync_batch_norm,
+        )  # fmt: skip
 
     @property
     def share_factor(self) -> int:
@@ -547,9 +552,28 @@ def prepare(
         named = {n: x.new_empty((batch, *x.shape[1:]), device="meta") for n, x in example_keywords.items()}
         return trace_layers(model, tuple(smaller), origin.name, keywords=named)
 
+    _refuse_single_values(model, traced.layers)
     planner = Planner(traced, machine, options, origin, retraced)
     planner.refuse_unknown_names()
     return planner
+
+
+def _refuse_single_values(model: nn.Module, graph: LayerGraph) -> None:
+    """Check that every batch norm that is trained sees more than one value of each channel.
+
+    Raises:
+        UsageError: one does not; torch refuses to train it.
+    """
+    modules = dict(model.named_modules())
+    for layer in graph.layers:
+        for name, op in ((layer.id, layer.op), *((each.id, each.op) for each in layer.absorbed)):
+            module = modules.get(name.partition("@")[0])
+            trains = module is None or module.training
+            if isinstance(op, BatchNorm) and trains and layer.output.numel <= op.channels:
+                raise UsageError(
+                    f"batch norm {name} gets one value of each channel from a batch of {graph.batch}, of which there "
+                    "are no statistics: use a larger batch or larger inputs, or put that layer into eval mode"
+                )
 
 
 def _refuse_no_model(model: object, example_inputs: object) -> None:

@@ -85,7 +85,7 @@ class Cutting:
         interior_s: the outputs that need no neighbour.
         weight_s: the gradient of the weight.
         extra_s: by how much all parts take longer than the whole.
-        join_s: putting the outputs together.
+        join_s: putting the outputs together, where they are not computed in one place.
         frame_s: putting rows beside the own piece, backward, and forward where all outputs are computed at once.
     """
 
@@ -196,12 +196,15 @@ def _slowed(model: "CostModel", axes: tuple[int, ...], num_bytes: float) -> floa
 
 def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need: Layout) -> Cutting:
     """Return what a convolution under a split takes in parts; on the largest piece, with neighbours on both sides."""
+    assert isinstance(layer.op, Conv)
     bare = replace(layer, absorbed=())
     local = model.local(bare, split)
     whole = model.crew.time(local)
     weight = model.crew.time(replace(local, input_gradient=False))
     bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.crew.bandwidth_bytes_per_s
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
+    if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
+        join_s = 0.0  # the interior's outputs are where they belong, among those of the strips
     parts = _parts(layer, have, need, local.output)
     weight_s = min(weight.backward_s, whole.backward_s)
     if not parts:

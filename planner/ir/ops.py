@@ -64,6 +64,12 @@ class Conv:
     computed_weight: bool = False
     """The weight is the result of other operators (weight standardisation), which every rank runs whole."""
 
+    @property
+    def keeps_size(self) -> bool:
+        """Whether there are as many outputs as inputs, each in the middle of those that it reads."""
+        windows = zip(self.stride, self.padding, self.dilation, self.kernel, strict=True)
+        return self.padding_after is None and all(s == 1 and 2 * p == d * (k - 1) for s, p, d, k in windows)
+
 
 @dataclass(frozen=True, slots=True)
 class ConvTranspose:

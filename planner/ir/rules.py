@@ -7,6 +7,7 @@ alone. The layout algebra turns these placements into regions, transfers and gra
 
 import functools
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -616,6 +617,18 @@ def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
     """Return the mesh axes over which batch norm statistics are sums: those that cut samples or space."""
     channel = output.dim_of(Dimension.OUT_CHANNEL)
     return tuple(i for i, p in enumerate(layout.placements) if isinstance(p, int) and p != channel)
+
+
+def has_statistics(layer: Layer, layout: Layout) -> bool:
+    """Return whether batch norms of a layer see more than one value of each channel in every rank's piece, or none.
+
+    Of one value there are no statistics: torch refuses to train with it.
+    """
+    if not any(isinstance(op, BatchNorm) for op in (layer.op, *(each.op for each in layer.absorbed))):
+        return True
+    channel = layer.output.dim_of(Dimension.OUT_CHANNEL)
+    others = (dim for dim in range(len(layout.shape)) if dim != channel)
+    return math.prod(min(b - a for a, b in layout.pieces(dim) if a < b) for dim in others) > 1
 
 
 def spatial_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:

@@ -275,7 +275,12 @@ def _batch_norm(
     mean, variance = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
     if norm is not None:
         return lambda xs: norm(xs[0], mean, variance, weight, bias)
-    return lambda xs: functional.batch_norm(xs[0], mean, variance, weight, bias, training=True)
+
+    def normalise(xs: Tensors) -> torch.Tensor:
+        several = xs[0].numel() > channels  # of one value there are no statistics: such a layer is in eval mode
+        return functional.batch_norm(xs[0], mean, variance, weight, bias, training=several)
+
+    return normalise
 
 
 def _dropout(op: ir.Dropout, make: Maker) -> Function:

@@ -7,7 +7,7 @@ from typing import Final
 from planner.errors import FormatError, MismatchError
 from planner.ir.graph import LayerGraph, is_pinned, tied_layers
 from planner.ir.ops import Redistribute
-from planner.ir.rules import InputOutput, is_io_legal, is_legal
+from planner.ir.rules import InputOutput, has_statistics, is_io_legal, is_legal, layouts
 from planner.ir.schedule import ScheduleKind, problem_of
 from planner.plan.schema import LayerPart, Plan
 
@@ -197,6 +197,12 @@ def refuse_other_layers(plan: Plan, graph: LayerGraph) -> None:
         if not legal:
             kind = "redistribution" if isinstance(layer.op, Redistribute) else layer.op.kind
             raise MismatchError(f"layer {layer.id!r} ({kind}) cannot be split as {split}. {_ADVICE}")
+        own = layer if not (plan.sync_batch_norm or is_pinned(layer.op)) else None
+        if own and not has_statistics(own, layouts(own, graph.inputs_of(own), mesh, split).output):
+            raise MismatchError(
+                f"layer {layer.id!r} split as {split} leaves a rank's batch norm one value of each channel, of which "
+                f"there are no statistics. {_ADVICE}"
+            )
     plan.enlarged(graph)
 
 

@@ -36,7 +36,7 @@ from planner.ir.dimension import SPATIAL_DIMENSIONS, Dimension
 from planner.ir.graph import Layer, LayerGraph, tied_layers
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Conv, ConvTranspose, Linear
-from planner.ir.rules import partition
+from planner.ir.rules import has_statistics, partition
 from planner.ir.split import LayerId, Split
 from planner.search.elimination import solve_dp
 from planner.search.formulate import Formulation
@@ -180,8 +180,10 @@ def fixed_strategy(name: str, table: CostTable, formulation: Formulation) -> Fix
     return FixedStrategy(smaller.layer_choice(solution.choice), replaced)
 
 
-def fixed_splits(name: str, graph: LayerGraph, mesh: Mesh) -> dict[LayerId, Split]:
+def fixed_splits(name: str, graph: LayerGraph, mesh: Mesh, *, own_statistics: bool = False) -> dict[LayerId, Split]:
     """Return the split of every layer whose split is chosen for itself, out of all legal ones.
+
+    ``own_statistics`` as of ``planner.space.enumerate.enumerate_splits``.
 
     Raises:
         UnknownNameError: there is no such strategy.
@@ -200,11 +202,21 @@ def fixed_splits(name: str, graph: LayerGraph, mesh: Mesh) -> dict[LayerId, Spli
     wanted = _wishes(rule, graph, mesh)
     for i, wishes in wanted.items():
         if leader[i] not in found:
-            parts = [partition(layer, graph.inputs_of(layer), mesh) for layer in members[leader[i]]]
-            key = wishes, tuple(id(part) for part in parts)  # layers that look alike share their partition
+            own = members[leader[i]]
+            parts = [partition(layer, graph.inputs_of(layer), mesh) for layer in own]
+            behind = tuple(each.op for layer in own for each in layer.absorbed) if own_statistics else ()
+            key = wishes, tuple(id(part) for part in parts), behind  # layers that look alike share their partition
             if key not in cache:
                 legal = (s for s in _candidates(wishes, mesh) if all(part.is_legal(s) for part in parts))
-                cache[key] = next(legal)  # to replicate is always legal
+                cache[key] = next(  # to replicate is always legal
+                    split
+                    for split in legal
+                    if not own_statistics
+                    or all(
+                        has_statistics(layer, part.layouts(split).output)
+                        for layer, part in zip(own, parts, strict=True)
+                    )
+                )
             found[leader[i]] = cache[key]
         splits[graph.layers[i].id] = found[leader[i]]
         replaced += not _follows(found[leader[i]], wishes)

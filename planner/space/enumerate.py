@@ -13,7 +13,7 @@ from planner.ir.graph import Layer, LayerGraph, is_pinned, tied_layers
 from planner.ir.layout import Layout
 from planner.ir.mesh import Mesh
 from planner.ir.ops import Output, Redistribute
-from planner.ir.rules import InputOutput, is_io_legal, is_legal, legal_splits, partition
+from planner.ir.rules import InputOutput, has_statistics, is_io_legal, is_legal, legal_splits, partition
 from planner.ir.split import LayerId, Split
 from planner.space.constraints import NO_CONSTRAINTS, Constraints, is_chosen, leaders, legal_text
 
@@ -73,11 +73,14 @@ def enumerate_splits(
     dimensions: Collection[Dimension] = DEFAULT_DIMENSIONS,
     constraints: Constraints = NO_CONSTRAINTS,
     shares: ShareSets = equal_pieces,
+    *,
+    own_statistics: bool = False,
 ) -> SearchSpace:
     """Return the search space of a network on a mesh.
 
     A redistribute layer takes the layouts that its consumers ask for and the one its producer has. A rank that passes
-    its own samples passes as many to every input, and gets as many from every output.
+    its own samples passes as many to every input, and gets as many from every output. With ``own_statistics`` a batch
+    norm takes those of each rank's piece, which then has more than one value of each channel.
 
     Raises:
         InfeasibleError: the constraints leave a layer no legal split (without any, ``replicate`` is legal for all).
@@ -86,11 +89,15 @@ def enumerate_splits(
     found: dict[LayerId, tuple[Split, ...]] = {}
     for layer in graph.layers:
         limits = constraints.limits(layer)
-        key = (layer.op, layer.output, graph.inputs_of(layer), tuple(p.spec for p in layer.params), limits)
+        behind = tuple(each.op for each in layer.absorbed) if own_statistics else ()
+        key = (layer.op, behind, layer.output, graph.inputs_of(layer), tuple(p.spec for p in layer.params), limits)
         if key not in cache:
             look()
             legal = legal_splits(layer, graph, mesh, io, limits.permitted(dimensions))
             legal += _in_shares(legal, shares(layer), layer, graph, mesh, io)
+            if own_statistics and not is_pinned(layer.op):
+                lies = partition(layer, graph.inputs_of(layer), mesh)
+                legal = tuple(s for s in legal if has_statistics(layer, lies.layouts(s).output))
             cache[key] = tuple(s for s in legal if limits.allows(s, dimensions)) if constraints else legal
         if not cache[key]:
             legal = legal_splits(layer, graph, mesh, io, frozenset(Dimension))

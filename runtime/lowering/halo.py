@@ -4,7 +4,8 @@ One function does what would else be four: exchange, zeros around the piece, con
 the neighbours and the zeros are put beside the own piece in one copy. Where it is overlapped,
 
 - forward, the borders are on their way while the outputs that need only own rows are computed; then come the strips
-  that need the neighbours';
+  that need the neighbours'. Where outputs lie as inputs do, the own piece is convolved as it is, with zeros around it,
+  and the strips replace what that made wrong, so that nothing but them is copied;
 - backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed.
 
 The numbers of both ways are the same up to the order of sums.
@@ -103,11 +104,13 @@ class Geometry:
             found += [(*interior[:k], side, *self.outputs[k + 1 :]) for side in sides]
         return tuple(found)
 
-    def convolved(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the outputs of a frame."""
+    def convolved(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """Return the outputs of a frame, padded as ``padding`` says or else with what is not in it yet."""
         op = self.op
-        zeros = (0,) * len(op.kernel)
-        return torch.convolution(x, weight, bias, op.stride, self.padding, op.dilation, False, zeros, self.groups)
+        zeros, padding = (0,) * len(op.kernel), self.padding if padding is None else padding
+        return torch.convolution(x, weight, bias, op.stride, padding, op.dilation, False, zeros, self.groups)
 
     def gradients(
         self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Sequence[bool]
@@ -221,6 +224,13 @@ class Halo:
         return self._frame(self.geometry.outputs)
 
     @functools.cached_property
+    def _in_place(self) -> bool:
+        """Whether the own piece, with zeros for the neighbours' rows, has an output for each: strips are put right."""
+        own = self.forward.own
+        box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
+        return self.geometry.op.keeps_size and box == self.geometry.outputs
+
+    @functools.cached_property
     def _inside(self) -> tuple[Narrows, Narrows]:
         """Where the input of the interior is in the own piece, and where its outputs are in all outputs."""
         assert self.interior is not None
@@ -282,10 +292,13 @@ class Halo:
                 framed, parts = self.frame.begun(x), wait()
                 self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
-        read, place = self._inside
-        y = geometry.convolved(narrowed(x, read), weight, bias)
-        result = new_like(y, (*y.shape[:_SPACE], *(b - a for a, b in geometry.outputs)))
-        narrowed(result, place).copy_(y)
+        if self._in_place:
+            result = geometry.convolved(x, weight, bias, geometry.op.padding)
+        else:
+            read, place = self._inside
+            y = geometry.convolved(narrowed(x, read), weight, bias)
+            result = new_like(y, (*y.shape[:_SPACE], *(b - a for a, b in geometry.outputs)))
+            narrowed(result, place).copy_(y)
         parts = wait()
         for frame, place in self._strips:
             narrowed(result, place).copy_(geometry.convolved(frame.filled(x, parts), weight, bias))

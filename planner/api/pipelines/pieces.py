@@ -161,7 +161,8 @@ class Pieces:
         machine = planner.machine
         model = CostModel.of(graph, machine.graph, mesh, machine.profile, planner.settings, machine.others)
         io = default_io(graph.batch, mesh.size)
-        return enumerate_splits(graph, mesh, io, dimensions, constraints), model
+        own = not planner.options.sync_batch_norm
+        return enumerate_splits(graph, mesh, io, dimensions, constraints, own_statistics=own), model
 
     def kernels(self, count: int) -> Iterator[PieceKey]:
         """Yield the pieces of layers that a search can ask for with so many micro-batches, some of them several times.

@@ -1,6 +1,7 @@
 """Halo exchanges in prices, steps and bounds: hidden where that is faster, and nothing else."""
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -81,6 +82,21 @@ def test_a_halo_costs_the_least_of_both_ways() -> None:
         assert halo.forward_s + halo.backward_s == min(costs)
         assert halo.hidden_s <= halo.whole_s
         assert halo.is_overlapped == (costs[0] < costs[1])
+
+
+def test_outputs_are_joined_by_a_copy_only_where_they_lie_elsewhere_than_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costs = table(HaloOverlap.ALWAYS)
+    in_place, model = halos(costs), costs.model
+    monkeypatch.setattr(Conv, "keeps_size", False)
+    joined = halos(table.__wrapped__(HaloOverlap.ALWAYS))
+    assert any(halo.is_overlapped for halo in in_place.values())
+    for (i, j, a, b), halo in in_place.items():
+        layer = costs.space.graph.layers[j]
+        outputs = math.prod(model.local(layer, costs.space.splits[layer.id][b]).output)
+        copied_s = 2 * 4 * outputs / model.crew.bandwidth_bytes_per_s if halo.is_overlapped else 0.0
+        assert joined[i, j, a, b].forward_s - halo.forward_s == pytest.approx(copied_s, rel=1e-6)
 
 
 def test_overlapping_never_makes_a_step_longer() -> None:

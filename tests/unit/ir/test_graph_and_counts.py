@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -234,3 +236,19 @@ def test_a_bucket_is_closed_as_soon_as_it_holds_the_limit(
     gradients: list[tuple[str, int]], expected: list[tuple[str, tuple[int, ...]]]
 ) -> None:
     assert fill_buckets(gradients, 10) == tuple(Bucket(key, items) for key, items in expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kernel=st.integers(1, 5), stride=st.integers(1, 2), padding=st.integers(0, 4), dilation=st.integers(1, 3),
+    after=st.sampled_from([None, 0, 1]),
+)  # fmt: skip
+def test_a_convolution_keeps_the_size_where_torch_says_so(
+    kernel: int, stride: int, padding: int, dilation: int, after: int | None
+) -> None:
+    behind = None if after is None else (after,)
+    op = ops.Conv(1, 1, (kernel,), (stride,), (padding,), (dilation,), padding_after=behind)
+    sizes = range(dilation * (kernel - 1) + 1, 40)
+    conv = nn.Conv1d(1, 1, kernel, stride, padding, dilation, device="meta")
+    keeps = after is None and all(conv(meta(1, 1, n)).shape[-1] == n for n in sizes)
+    assert op.keeps_size == keeps
