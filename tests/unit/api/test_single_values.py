@@ -30,10 +30,8 @@ class Pooled(nn.Module):
         x = functional.adaptive_avg_pool2d(self.stem(x), 1)
         if self.where == "behind a convolution":
             x = self.inner(x)
-        if self.where == "as a function":
-            x = functional.batch_norm(x, None, None, training=True)
-        else:
-            x = self.norm(x)
+        by_function = self.where == "as a function"
+        x = functional.batch_norm(x, None, None, training=True) if by_function else self.norm(x)
         return self.head(torch.flatten(x, 1))
 
 
