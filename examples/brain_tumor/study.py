@@ -2,7 +2,7 @@
 
     python -m examples.brain_tumor.study variants -o examples/brain_tumor/variants.csv
     python -m examples.brain_tumor.study alphas -o examples/brain_tumor/alphas.csv
-    python -m examples.brain_tumor.study ways --epochs 8 --alpha 0.05 -o ways.csv
+    python -m examples.brain_tumor.study ways --alpha 0.05 -o examples/brain_tumor/ways.csv
 
 `variants` trains the network with ReLU and NNLU, with and without GAP, by SGD, Adam and AMSGrad, on one device;
 `alphas` with NNLU at other times a, with GAP, by Adam.

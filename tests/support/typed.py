@@ -47,7 +47,9 @@ SMALLER = {
     "python -m examples.brain_tumor.study alphas --seeds 1 -o examples/brain_tumor/alphas.csv": (
         "{} --epochs 1 --size 16 -o rows.csv"
     ),
-    "python -m examples.brain_tumor.study ways --epochs 8 --alpha 0.05 -o ways.csv": "{} --epochs 1 --size 16",
+    "python -m examples.brain_tumor.study ways --alpha 0.05 -o examples/brain_tumor/ways.csv": (
+        "{} --epochs 1 --size 16 -o rows.csv"
+    ),
     "python -m examples.domain_decomposition --grid 2x2 --overlap 4 --global": (
         "{} --size 12 --epochs 1 --coarse-epochs 1"
     ),
