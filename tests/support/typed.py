@@ -57,8 +57,7 @@ SMALLER = {
     "torchrun --nproc-per-node 2 -m examples.domain_decomposition --grid 2x2 --overlap 4 --folder trained": (
         "{} --size 12 --epochs 1 --coarse-epochs 1"
     ),
-    "python -m examples.domain_decomposition.benchmark --seeds 0 --folder trained "
-    "-o examples/domain_decomposition/rows.csv": (
+    "python -m examples.domain_decomposition.benchmark --seeds 0 1 -o examples/domain_decomposition/rows.csv": (
         "{} --size 12 --grids 1x2 --overlaps 0 --epochs 1 --coarse-epochs 1 -o rows.csv"
     ),
     "python -m examples.feature_extractors.extract plan.json": "{} --images 20 --rounds 2",
