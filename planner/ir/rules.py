@@ -622,13 +622,15 @@ def reduced_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:
 def has_statistics(layer: Layer, layout: Layout) -> bool:
     """Return whether batch norms of a layer see more than one value of each channel in every rank's piece, or none.
 
-    Of one value there are no statistics: torch refuses to train with it.
+    Of one value there are no statistics: torch refuses to train with it. A batch norm that gets no more in one piece
+    either is in eval mode and needs none: planning refuses others.
     """
     if not any(isinstance(op, BatchNorm) for op in (layer.op, *(each.op for each in layer.absorbed))):
         return True
     channel = layer.output.dim_of(Dimension.OUT_CHANNEL)
-    others = (dim for dim in range(len(layout.shape)) if dim != channel)
-    return math.prod(min(b - a for a, b in layout.pieces(dim) if a < b) for dim in others) > 1
+    others = [dim for dim in range(len(layout.shape)) if dim != channel]
+    whole = math.prod(layout.shape[dim] for dim in others)
+    return whole <= 1 or math.prod(min(b - a for a, b in layout.pieces(dim) if a < b) for dim in others) > 1
 
 
 def spatial_axes(output: TensorSpec, layout: Layout) -> tuple[int, ...]:

@@ -53,10 +53,12 @@ def test_what_torch_refuses_to_train_is_refused_before_it_is_planned(where: str)
     planner(where, 2)
 
 
+@pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("where", PLACES[:2])
-def test_a_frozen_batch_norm_needs_no_statistics(where: str) -> None:
+def test_a_frozen_batch_norm_needs_no_statistics(where: str, sync: bool) -> None:
     Pooled(where, frozen=True)(torch.zeros(1, 3, 8, 8))
-    planner(where, 1, frozen=True).plan()
+    asked = planner(where, 1, frozen=True, all_devices=True, sync_batch_norm=sync)
+    refuse_other_layers(asked.plan(), asked.traced.layers)
 
 
 @pytest.mark.parametrize("where", PLACES)
