@@ -11,6 +11,7 @@ from typing import ClassVar, Final
 import torch.distributed as dist
 
 from planner.ir.mesh import Mesh
+from runtime.comm.scheduling import let_others_finish
 
 Axes = tuple[int, ...]
 
@@ -79,6 +80,7 @@ def _shared(mesh: Mesh, axes: Axes, timeout: timedelta, purpose: str, user: str 
         backend = "gloo" if purpose in _ON_HOST else None
         listed = [list(group) for group in enumeration]
         _Job.groups[key], _ = dist.new_subgroups_by_enumeration(listed, timeout=timeout, backend=backend)
+        let_others_finish()
     return _Job.groups[key]
 
 

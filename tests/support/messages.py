@@ -1,6 +1,7 @@
 """Collectives of two ranks on both sides of the size from which messages are sent directly."""
 
 import itertools
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from planner.ir.mesh import Mesh
 from runtime.comm.communicator import TorchCommunicator
 from runtime.comm.groups import ProcessGroups
 from runtime.comm.messages import LARGE_BYTES
+from runtime.comm.scheduling import watching
 from runtime.launch import Process
 
 AXES = (0,)
@@ -27,7 +29,7 @@ def sums(target: int, count: int) -> torch.Tensor:
 
 
 def check(_argument: dict[str, Any], process: Process) -> dict[str, int]:
-    """Run every collective for many counts; return how many elements of each are wrong."""
+    """Run every collective for many counts; return how many elements of each are wrong, and threads that interrupt."""
     mesh = Mesh.of(rank=2)
     communicator = TorchCommunicator(mesh, ProcessGroups(mesh, [AXES], 60.0))
     me, wrong = process.rank, dict.fromkeys(("exchange", "gather", "scatter", "beside", "sum"), 0)
@@ -54,4 +56,6 @@ def check(_argument: dict[str, Any], process: Process) -> dict[str, int]:
         communicator.start_reduce_scatter(parts, own, AXES).wait()
         communicator.start_all_gather(whole, own, AXES).wait()
         wrong["beside"] += int((whole != torch.cat([sums(r, count) for r in (0, 1)])).sum())
+    policies = [os.sched_getscheduler(thread) for thread in watching()]
+    wrong["interrupting"] = sum(policy != os.SCHED_BATCH for policy in policies) + (not policies)
     return wrong

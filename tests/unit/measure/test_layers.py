@@ -1,8 +1,10 @@
 """What a timed repeat goes through, and what is made of its seconds."""
 
+import dataclasses
+import functools
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from planner.errors import UsageError
 from planner.ir import ops as ir
 from planner.ir.tensor import DType
-from planner.measure import clock, layers
+from planner.measure import clock, kernels, layers
+from planner.measure.kernels import Kernel
 from planner.measure.layers import LayerTimer, products_in, time_keys
 from planner.profile.key import AbsorbedKey, PieceKey
 from planner.profile.table import Measurement
@@ -37,14 +40,13 @@ def timer() -> LayerTimer:
 def phases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let every phase take a second or more of its own, and say which there were."""
     seen: list[str] = []
-    seconds = {"forward": FORWARD_S, "_backward_of_inputs": DATA_S, "_once": JOINT_S}
+    seconds = {"forward": FORWARD_S, "backward_of_inputs": DATA_S, "backward": JOINT_S}
 
-    def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    def elapsed(call: functools.partial[None], device: torch.device) -> float:
         assert device == CPU
         call()
-        name = call.__qualname__.removeprefix("LayerTimer.").replace(".<locals>.backward", "").split(".")[-1]
-        seen.append(name)
-        return seconds[name]
+        seen.append(call.func.__name__)
+        return seconds[seen[-1]]
 
     monkeypatch.setattr(layers, "elapsed", elapsed)
     return seen
@@ -57,8 +59,33 @@ def test_the_gradient_of_weights_is_what_the_joint_backward_takes_beyond_that_of
     assert found is not None
     assert (found.forward_s, found.backward_data_s, found.backward_weight_s) == (1.0, 2.0, 3.0)
     assert (found.backward_s, found.iqr_s) == (JOINT_S, 0.0)
-    assert phases[:3] == ["forward", "_backward_of_inputs", "_once"]
+    assert phases[:3] == ["forward", "backward_of_inputs", "backward"]
     assert len(phases) == 3 * (found.num_repeats + 1)  # one to warm up
+
+
+@pytest.mark.parametrize(("cache_bytes", "passes"), [(2**20, ["twin", "timed"]), (0, ["timed"])])
+def test_the_code_of_layers_that_fit_the_caches_has_just_run_when_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch, cache_bytes: int, passes: list[str]
+) -> None:
+    made: list[str] = []
+    ran: list[str] = []
+
+    def kernel_of(*arguments: Any) -> Kernel | None:
+        kernel = kernels.kernel_of(*arguments)
+        assert kernel is not None
+        made.append("twin" if made else "timed")
+
+        def forward(name: str = made[-1]) -> list[torch.Tensor]:
+            ran.append(name)
+            return kernel.forward()
+
+        return dataclasses.replace(kernel, forward=forward)
+
+    monkeypatch.setattr(clock, "cache_bytes", lambda _: cache_bytes)
+    monkeypatch.setattr(layers, "kernel_of", kernel_of)
+    found = LayerTimer(CPU, norm_of_several_ranks).time(conv())
+    assert found is not None
+    assert ran == passes * (found.num_repeats + 1)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +102,7 @@ def test_backward_computes_only_what_is_asked(
     found = timer.time(key)
     assert found is not None
     assert (found.forward_s, found.backward_data_s, found.backward_weight_s) == expected
-    assert "_backward_of_inputs" not in phases
+    assert "backward_of_inputs" not in phases
 
 
 @pytest.mark.usefixtures("phases")
