@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 LARGE_BYTES: Final = 2**18
-"""Smaller messages stay with gloo's own collectives, one call instead of two: a step of MobileNetV2 or ResNet-50 split by
-samples, with a few for every batch norm, takes 7 % longer where these are direct."""
+"""Smaller messages stay with gloo's own collectives, one call instead of two: a step of MobileNetV2 or ResNet-50
+split by samples, with a few for every batch norm, takes 7 % longer where these are direct."""
 
 
 @dataclass(frozen=True)
