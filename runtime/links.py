@@ -27,13 +27,10 @@ MESSAGE_BYTES: Final = (64, 2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24, 2**
 LONG_S: Final = 0.5
 ENOUGH_S: Final = 0.1
 """Repeats stop once they have taken this long."""
-REPEATS: Final = (2, 15)
-BETWEEN: Final = 0.5
-"""Share of the last cache that a step reads and writes between two messages; all of it would make stalls usual that a
-step of MobileNetV2 has now and then (0.7 ms for each of its 104 small messages, 0.3 ms with nothing in between)."""
+REPEATS: Final = (3, 15)
 LOADED_BYTES: Final = 2**13
 """Smaller reductions end before computation notices them."""
-LOADED_REPEATS: Final = (2, 9)
+LOADED_REPEATS: Final = (3, 9)
 LOADED_ENOUGH_S: Final = 0.5
 UNIT_REPEATS: Final = 15
 _ITEM_BYTES: Final = 4
@@ -122,7 +119,7 @@ def _times(call: _Call, device: torch.device) -> list[tuple[int, float]]:
     to it at the same moment. The average counts the wait for the last one. The sizes take turns, so that a slow moment
     of the machine hits all of them.
     """
-    evict = Evictor(device, BETWEEN)
+    evict = Evictor(device)
 
     def sample(collective: Callable[[], object]) -> float:
         dist.barrier()

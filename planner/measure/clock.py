@@ -108,14 +108,13 @@ class Evictor:
 
     Args:
         device: whose caches.
-        share: of the last cache that it reads and writes.
 
     Attributes:
-        num_bytes: that it reads and writes.
+        num_bytes: that it reads and writes, twice the size of the last cache.
     """
 
-    def __init__(self, device: torch.device, share: float = 2.0) -> None:
-        self._buffer = torch.zeros(int(share * cache_bytes(device)) // 4, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.zeros(2 * cache_bytes(device) // 4, device=device)
         self.num_bytes = self._buffer.nbytes
 
     def __call__(self) -> None:

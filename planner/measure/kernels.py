@@ -80,6 +80,11 @@ class Kernel:
     params: list[torch.Tensor]
     forward: Callable[[], list[torch.Tensor]]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of inputs and parameters."""
+        return sum(x.nbytes for x in (*self.inputs, *self.params))
+
 
 def kernel_of(key: PieceKey, make: Maker, global_norm: GlobalNorm) -> Kernel | None:
     """Return the operator of a key with its absorbed ones, or None where it has none of its own.
