@@ -26,7 +26,8 @@ LINES = (  # lowest first; packages on one line do not import each other
 )
 LINE_OF = {name: i for i, line in enumerate(LINES) for name in line.split()}
 RUNTIME_SEES = {"errors", "units", "ir", "plan", "frontend"}
-ADAPTERS = {"runtime.links": "measure", "runtime.measuring": "measure"}  # what the processes of a job run to measure their machine
+# what the processes of a job run to measure their machine
+ADAPTERS = {"runtime.links": "measure", "runtime.measuring": "measure"}
 ONLY_IN = {  # cli imports torch inside functions only: ruff's TID253 checks that
     "torch": "planner.frontend planner.measure planner.models planner.api planner.cli runtime",
     "pydantic": "planner.ir.canonical planner.devices planner.profile planner.plan planner.inference.schema",
