@@ -8,6 +8,9 @@ kept. Overlapped,
   are joined;
 - backward, the gradient's exchange runs beside the gradient of the weight.
 
+Where outputs lie as inputs do, strips are computed beside all that one device would compute, forward and backward, and
+nothing is joined: the exchanges run beside all of it.
+
 What that saves and costs is known for each pair of splits before anything is searched. So the matrices of an edge hold
 the smaller of both, no solver needs to know, and what a choice overlaps follows from it.
 """
@@ -79,20 +82,19 @@ NO_HALOS: Halos = {}
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """A convolution in two parts, in seconds: what an exchange can hide behind, and what it costs.
+    """A convolution in parts, in seconds: what the exchanges can hide behind, and what that costs.
 
     Attributes:
-        interior_s: the outputs that need no neighbour.
-        weight_s: the gradient of the weight.
-        extra_s: by how much all parts take longer than the whole.
-        join_s: putting the outputs together, where they are not computed in one place.
-        frame_s: putting rows beside the own piece, backward, and forward where all outputs are computed at once.
+        ahead_s: of forward, what needs no neighbour; 0 where there is no such thing.
+        ahead_back_s: of backward, what no neighbour needs.
+        extra_s, extra_back_s: by how much all parts take longer than the whole, put together.
+        frame_s: putting rows beside the own piece, for the whole.
     """
 
-    interior_s: float
-    weight_s: float
+    ahead_s: float
+    ahead_back_s: float
     extra_s: float
-    join_s: float
+    extra_back_s: float
     frame_s: float
 
 
@@ -174,15 +176,15 @@ def _pair(model: "CostModel", times: tuple[float, float], slowed: float, cutting
     there_s, back_s = times
     frame_s = cutting.frame_s
     blocking = HaloPair(there_s + back_s, there_s + frame_s, back_s + frame_s, 0.0, is_overlapped=False)
-    hidden_s, hidden_back_s = min(there_s, cutting.interior_s), min(back_s, cutting.weight_s)
+    hidden_s, hidden_back_s = min(there_s, cutting.ahead_s), min(back_s, cutting.ahead_back_s)
     overlapped = HaloPair(
         there_s + back_s,
-        there_s - hidden_s + cutting.extra_s + cutting.join_s + slowed * hidden_s,
-        back_s - hidden_back_s + frame_s + slowed * hidden_back_s,
+        there_s - hidden_s + cutting.extra_s + slowed * hidden_s,
+        back_s - hidden_back_s + cutting.extra_back_s + slowed * hidden_back_s,
         hidden_back_s, is_overlapped=True,
     )  # fmt: skip
     wish = model.settings.halo_overlap
-    if wish is HaloOverlap.NEVER or not cutting.interior_s:
+    if wish is HaloOverlap.NEVER or not cutting.ahead_s:
         return blocking
     gain_s = blocking.forward_s + blocking.backward_s - overlapped.forward_s - overlapped.backward_s
     return overlapped if wish is HaloOverlap.ALWAYS or gain_s > 0 else blocking
@@ -199,24 +201,27 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     assert isinstance(layer.op, Conv)
     bare = replace(layer, absorbed=())
     local = model.local(bare, split)
-    whole = model.crew.time(local)
-    weight = model.crew.time(replace(local, input_gradient=False))
+    whole, in_one = model.crew.time(local), model.profile.estimate(local)
     bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.crew.bandwidth_bytes_per_s
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
-    if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
-        join_s = 0.0  # the interior's outputs are where they belong, among those of the strips
     parts = _parts(layer, have, need, local.output)
-    weight_s = min(weight.backward_s, whole.backward_s)
-    if not parts:
-        return Cutting(0.0, weight_s, 0.0, join_s, frame_s)
-    guesses = [model.profile.estimate(_with_output(local, each)).forward_s for each in parts]
-    in_one = model.profile.estimate(local).forward_s
-    scale = whole.forward_s / in_one if in_one else 0.0
-    seconds = [guess * scale for guess in guesses]
-    return Cutting(seconds[0], weight_s, max(sum(seconds) - whole.forward_s, 0.0), join_s, frame_s)
+    if parts is None:
+        return Cutting(0.0, 0.0, 0.0, 0.0, frame_s)
+    guesses = [model.profile.estimate(_with_output(local, each)) for each in parts]
+    forward_s = [each.forward_s * _ratio(whole.forward_s, in_one.forward_s) for each in guesses]
+    if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
+        backward_s = [each.backward_s * _ratio(whole.backward_s, in_one.backward_s) for each in guesses]
+        return Cutting(whole.forward_s, whole.backward_s, sum(forward_s[1:]), sum(backward_s[1:]), frame_s)
+    weight = model.crew.time(replace(local, input_gradient=False))
+    extra_s = max(sum(forward_s) - whole.forward_s, 0.0) + join_s
+    return Cutting(forward_s[0], min(weight.backward_s, whole.backward_s), extra_s, frame_s, frame_s)
 
 
-def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape]:
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape] | None:
     """Return the output shapes of the interior and of the strips around it; none where all outputs need neighbours."""
     op = layer.op
     assert isinstance(op, Conv)
@@ -228,11 +233,13 @@ def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shap
             fit = (own[dim] - 1 - op.dilation[k] * (op.kernel[k] - 1)) // op.stride[k] + 1
             interior[dim] = min(fit, output[dim])
             if interior[dim] <= 0:
-                return []
+                return None
     parts = [tuple(interior)]
     for dim in range(_SPACE, len(output)):
         rest = output[dim] - interior[dim]
         sides = [rows for rows in (rest - rest // 2, rest // 2) if rows]
+        if op.keeps_size and 2 * own[dim] >= whole[dim]:
+            sides = sides[:1]  # of two pieces, each has one neighbour
         parts += [(*interior[:dim], rows, *output[dim + 1 :]) for rows in sides]
     return parts
 

@@ -106,12 +106,12 @@ class Exchange:
             part.view(shape).copy_(narrowed(x, narrows))
         return packed
 
-    def start(self, x: torch.Tensor, communicator: Communicator) -> Callable[[], list[torch.Tensor]]:
-        """Send what others need; the result waits for what comes, one tensor for each of ``incoming``.
+    def start(self, packed: torch.Tensor, communicator: Communicator) -> Callable[[], list[torch.Tensor]]:
+        """Send what others need, as ``packed``; the result waits for what comes, one tensor for each of ``incoming``.
 
         Exchanges must start in one order on all ranks, and each must end before another collective starts.
         """
-        wait = communicator.start_exchange(self.packed(x), self._send_counts, self._receive_counts, self.axes)
+        wait = communicator.start_exchange(packed, self._send_counts, self._receive_counts, self.axes)
         return lambda: self._parts(wait())
 
     def run(self, x: torch.Tensor, communicator: Communicator) -> torch.Tensor:

@@ -6,16 +6,20 @@ the neighbours and the zeros are put beside the own piece in one copy. Where it 
 - forward, the borders are on their way while the outputs that need only own rows are computed; then come the strips
   that need the neighbours'. Where outputs lie as inputs do, the own piece is convolved as it is, with zeros around it,
   and the strips replace what that made wrong, so that nothing but them is copied;
-- backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed.
+- backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed. Where outputs
+  lie as inputs do, the convolution is taken for a sum: of the own piece with zeros around it, and of strips in which
+  the neighbours' rows stand beside zeros. The strips come first, and give the halo's gradient; all gradients of the own
+  piece are computed while it is on its way. Gradients of the weight add up, and nothing is put beside the piece.
 
 The numbers of both ways are the same up to the order of sums.
 Shapes: N samples, C channels, ... space.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -32,12 +36,17 @@ from runtime.state import StepState
 Box = tuple[tuple[int, int], ...]
 """Of every dimension of space, first position and the one behind the last."""
 
+Gradients: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""Of input, weight and bias, as far as they were asked for."""
+
 _SPACE: Final = 2
 """The first dimension of space."""
 
 _SMALL: Final = 1 << 15
 """Elements of a piece that is copied in less time than the calls take which would copy it while halos are on their way.
 """
+
+_OF_GRADIENT: Final = "the gradient of "
 
 
 @dataclass(frozen=True)
@@ -82,14 +91,26 @@ class Geometry:
             for window, interval, cut, size in zip(self.windows, outputs, self.is_cut, self.sizes, strict=True)
         )
 
-    def interior(self, own: Box) -> Box | None:
-        """Return the outputs that read own positions only; None where there are none, or no others."""
+    def lies_in(self, own: Box) -> bool:
+        """Return whether outputs lie as the own positions do: convolved with zeros around them they have one each."""
+        return self.op.keeps_size and own == self.outputs
+
+    def interior(self, own: Box, *, in_place: bool) -> Box | None:
+        """Return the outputs that read own positions only; None where there are none, or no others.
+
+        Args:
+            own: positions.
+            in_place: or zeros around the whole input, because they are around the own positions.
+        """
         found = []
-        for window, outputs, (first, last), cut in zip(self.windows, self.outputs, own, self.is_cut, strict=True):
+        for window, outputs, (first, last), cut, size in zip(
+            self.windows, self.outputs, own, self.is_cut, self.sizes, strict=True
+        ):
             start, stop = outputs
-            if cut:
-                reach = window.dilation * (window.kernel - 1)
+            reach = window.dilation * (window.kernel - 1)
+            if cut and not (in_place and first == 0):
                 start = max(start, -(-(first + window.padding) // window.stride))
+            if cut and not (in_place and last == size):
                 stop = min(stop, (last - 1 - reach + window.padding) // window.stride + 1)
             if start >= stop:
                 return None
@@ -113,13 +134,20 @@ class Geometry:
         return torch.convolution(x, weight, bias, op.stride, padding, op.dilation, False, zeros, self.groups)
 
     def gradients(
-        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Sequence[bool]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the gradients of a frame, the weight and the bias, as far as the mask asks for them."""
-        op = self.op
-        found: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-        found = torch.ops.aten.convolution_backward.default(
-            gradient, x, weight, [weight.shape[0]], op.stride, self.padding, op.dilation, False,
+        self,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        mask: Sequence[bool],
+        padding: tuple[int, ...] | None = None,
+    ) -> Gradients:
+        """Return the gradients of a frame, the weight and the bias, as far as the mask asks for them.
+
+        See ``convolved`` for the padding.
+        """
+        op, padding = self.op, self.padding if padding is None else padding
+        found: Gradients = torch.ops.aten.convolution_backward.default(
+            gradient, x, weight, [weight.shape[0]], op.stride, padding, op.dilation, False,
             [0] * len(op.kernel), self.groups, list(mask),
         )  # fmt: skip
         return found
@@ -187,6 +215,12 @@ class Frame:
             narrowed(result, self.own[0]).copy_(narrowed(x, self.own[1]))
         return result
 
+    def without_own(self, x: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the box with zeros where the own piece would be."""
+        result = new_like(x, self.shape).zero_()
+        self.finish(result, parts)
+        return result
+
     def finish(self, result: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         """Put what came from others into the box."""
         for k, place, part in self.halos:
@@ -208,6 +242,7 @@ class Halo:
         geometry: of the piece.
         forward, backward: the exchange of borders, and that of their gradients.
         interior: the outputs to compute while borders are on their way; None: all of them behind the exchange.
+        in_place: they are computed with all others, which the strips put right.
         name: of what is exchanged, for messages.
     """
 
@@ -215,6 +250,7 @@ class Halo:
     forward: Exchange
     backward: Exchange
     interior: Box | None
+    in_place: bool
     name: str
     communicator: Communicator
 
@@ -222,13 +258,6 @@ class Halo:
     def frame(self) -> Frame:
         """What the rank's outputs read."""
         return self._frame(self.geometry.outputs)
-
-    @functools.cached_property
-    def _in_place(self) -> bool:
-        """Whether the own piece, with zeros for the neighbours' rows, has an output for each: strips are put right."""
-        own = self.forward.own
-        box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
-        return self.geometry.op.keeps_size and box == self.geometry.outputs
 
     @functools.cached_property
     def _inside(self) -> tuple[Narrows, Narrows]:
@@ -242,6 +271,15 @@ class Halo:
         """Of every strip what it reads, and where its outputs are in all outputs."""
         assert self.interior is not None
         return [(self._frame(box), self._place(box)) for box in self.geometry.strips(self.interior)]
+
+    @functools.cached_property
+    def _returned_from(self) -> list[list[tuple[int, Narrows, Narrows]]]:
+        """Of everything that goes back, the strips that read of it: which one, where it is in its frame, and in it."""
+        found = []
+        for region in self.backward.outgoing:
+            shared = [(k, frame, region.intersect(frame.region)) for k, (frame, _) in enumerate(self._strips)]
+            found.append([(k, narrows_of(c, f.region), narrows_of(c, region)) for k, f, c in shared if c is not None])
+        return found
 
     @functools.cached_property
     def returning(self) -> Exchange:
@@ -260,10 +298,10 @@ class Halo:
         pairs = enumerate(zip(outputs, self.geometry.outputs, strict=True), start=_SPACE)
         return tuple((dim, a - first, b - a) for dim, ((a, b), (first, last)) in pairs if (a, b) != (first, last))
 
-    def start(self, exchange: Exchange, x: torch.Tensor, kind: str = "") -> Callable[[], list[torch.Tensor]]:
+    def start(self, exchange: Exchange, packed: torch.Tensor, kind: str = "") -> Callable[[], list[torch.Tensor]]:
         """Start an exchange; failures name it."""
         try:
-            arrived = exchange.start(x, self.communicator)
+            arrived = exchange.start(packed, self.communicator)
         except RuntimeError as error:
             raise failure(error, StepKind.EXCHANGE, self.communicator, kind + self.name) from error
 
@@ -283,7 +321,7 @@ class Halo:
         The piece is mostly kept by the layer that made it as well, so that a frame would be a second copy of it.
         """
         geometry = self.geometry
-        wait = self.start(self.forward, x)
+        wait = self.start(self.forward, self.forward.packed(x))
         if self.interior is None:
             if x.numel() <= _SMALL:
                 parts = wait()
@@ -292,7 +330,7 @@ class Halo:
                 framed, parts = self.frame.begun(x), wait()
                 self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
-        if self._in_place:
+        if self.in_place:
             result = geometry.convolved(x, weight, bias, geometry.op.padding)
         else:
             read, place = self._inside
@@ -308,6 +346,61 @@ class Halo:
         """Return the frame of all outputs from what ``computed`` kept."""
         return self.frame.filled(kept[0], kept[1:])
 
+    def gradients(
+        self, gradient: torch.Tensor, kept: Sequence[torch.Tensor], weight: torch.Tensor, mask: Sequence[bool]
+    ) -> Gradients:
+        """Return the gradients of the own piece, the weight and the bias, as far as the mask asks for them."""
+        geometry, (of_input, *of_params) = self.geometry, mask
+        if self.interior is not None and self.in_place:
+            return self._gradients_in_place(gradient, kept, weight, mask)
+        if not of_input:
+            return geometry.gradients(gradient, self.framed(kept), weight, mask)
+        overlapped = self.interior is not None and any(of_params)
+        if overlapped:  # only the shape of the input matters for its gradient
+            stand_in = weight.new_empty(1).expand(self.frame.shape)
+            framed, of_kernel, of_bias = geometry.gradients(gradient, stand_in, weight, [True, False, False])
+        else:
+            framed, of_kernel, of_bias = geometry.gradients(gradient, self.framed(kept), weight, mask)
+        assert framed is not None
+        wait = self.start(self.returning, self.returning.packed(framed), _OF_GRADIENT)
+        if overlapped:
+            _, of_kernel, of_bias = geometry.gradients(gradient, self.framed(kept), weight, [False, *of_params])
+        return self.gradient_of_piece(framed, wait()), of_kernel, of_bias
+
+    def _gradients_in_place(
+        self, gradient: torch.Tensor, kept: Sequence[torch.Tensor], weight: torch.Tensor, mask: Sequence[bool]
+    ) -> Gradients:
+        """Return the gradients where outputs lie as inputs do, without putting anything beside the piece."""
+        geometry, (x, *parts) = self.geometry, kept
+        of_input, of_weight, _ = mask
+        strips = [
+            geometry.gradients(
+                narrowed(gradient, place), frame.without_own(x, parts), weight, [of_input, of_weight, False]
+            )
+            for frame, place in self._strips
+        ]
+        wait = self.start(self.backward, self._packed(x, strips), _OF_GRADIENT) if of_input else None
+        of_piece, of_kernel, of_bias = geometry.gradients(gradient, x, weight, mask, geometry.op.padding)
+        for _, found, _ in strips:
+            if of_kernel is not None and found is not None:
+                of_kernel += found
+        if wait is not None and of_piece is not None:
+            self._add_returned(of_piece, wait())
+        return of_piece, of_kernel, of_bias
+
+    def _packed(self, like: torch.Tensor, strips: Sequence[Gradients]) -> torch.Tensor:
+        """Return the gradients that go back, one after the other, from those of the strips."""
+        shapes = [region.shape for region in self.backward.outgoing]
+        packed = like.new_zeros(sum(map(math.prod, shapes)))
+        for whole, shape, sources in zip(
+            packed.split([math.prod(shape) for shape in shapes]), shapes, self._returned_from, strict=True
+        ):
+            for k, place, part in sources:
+                of_frame = strips[k][0]
+                assert of_frame is not None
+                narrowed(whole.view(shape), part).add_(narrowed(of_frame, place))
+        return packed
+
     def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""
         own, frame = self.forward.own, self.frame
@@ -317,9 +410,12 @@ class Halo:
             result = new_like(framed, own.shape).zero_()
             if frame.own is not None:
                 narrowed(result, frame.own[1]).copy_(narrowed(framed, frame.own[0]))
-        for place, part in zip(self._returned, parts, strict=True):
-            narrowed(result, place).add_(part)
+        self._add_returned(result, parts)
         return result
+
+    def _add_returned(self, of_piece: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+        for place, part in zip(self._returned, parts, strict=True):
+            narrowed(of_piece, place).add_(part)
 
 
 class HaloConvolution(torch.autograd.Function):
@@ -342,25 +438,9 @@ class HaloConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         refuse_second_derivative()
-        halo: Halo = ctx.halo
-        gradient, (weight, *kept) = gradients[0], ctx.saved_tensors
-        of_input, *of_params = ctx.needs_input_grad[:3]
-        geometry = halo.geometry
-        if not of_input:
-            _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
-            return None, *found, None, None
-        overlapped = halo.interior is not None and any(of_params)
-        if overlapped:  # only the shape of the input matters for its gradient
-            stand_in = weight.new_empty(1).expand(halo.frame.shape)
-            framed, *found = geometry.gradients(gradient, stand_in, weight, [True, False, False])
-        else:
-            framed, *found = geometry.gradients(gradient, halo.framed(kept), weight, [True, *of_params])
-        assert framed is not None
-        wait = halo.start(halo.returning, framed, "the gradient of ")
-        if overlapped:
-            _, *found = geometry.gradients(gradient, halo.framed(kept), weight, [False, *of_params])
-        of_piece = halo.gradient_of_piece(framed, wait())
-        if ctx.factor is not None and (factor := ctx.factor()) != 1.0:
+        (weight, *kept), mask = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        of_piece, *found = ctx.halo.gradients(gradients[0], kept, weight, mask)
+        if of_piece is not None and ctx.factor is not None and (factor := ctx.factor()) != 1.0:
             of_piece = of_piece * factor
         return of_piece, *found, None, None
 
@@ -403,8 +483,9 @@ class HaloCall:
             forward, backward = exchange_of(there, communicator), exchange_of(back, communicator)
             own, geometry = forward.own, self.geometry
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
-            interior = geometry.interior(box) if self.overlapped else None
-            found = Halo(geometry, forward, backward, interior, self.conversion.name, communicator)
+            in_place = geometry.lies_in(box)
+            interior = geometry.interior(box, in_place=in_place) if self.overlapped else None
+            found = Halo(geometry, forward, backward, interior, in_place, self.conversion.name, communicator)
             self._compiled[batch] = found
         return found
 

@@ -195,7 +195,10 @@ class Index:
 
 
 def _transposed(op: ir.ConvTranspose, at: Piece, groups: int) -> Local:
-    """Return a transposed convolution: all that the local input gives, cut to the region."""
+    """Return a transposed convolution: all that the local input gives, cut to the region.
+
+    Where nothing is put around that, the bias is added by the convolution itself.
+    """
     zeros = (0,) * len(op.kernel)
     call = ProductCall(replace(op, padding=zeros, output_padding=zeros), groups)
     margins = []
@@ -203,6 +206,9 @@ def _transposed(op: ir.ConvTranspose, at: Piece, groups: int) -> Local:
         first = at.sources[0].start[k + 2] * op.stride[k] - op.padding[k]
         last = (at.sources[0].stop[k + 2] - 1) * op.stride[k] - op.padding[k] + op.dilation[k] * (op.kernel[k] - 1) + 1
         margins.append((first - start, stop - last))
+
+    if not any(n > 0 for pair in margins for n in pair):
+        return lambda x, weight, bias=None: padded(call(x, weight, bias), margins)
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = padded(call(x, weight, None), margins)

@@ -87,6 +87,9 @@ CASES: dict[str, Case] = {
         (1, 2, 8, 5), "gpu=4", ("height",), {"kernel_size": 3, "padding": 4, "dilation": 4}
     ),
     "corners, uneven": Case((2, 2, 9, 11), "gpu=2x2", ("height", "width"), {"kernel_size": 3, "padding": 1}),
+    "two neighbours, dilation": Case(
+        (2, 2, 19, 6), "gpu=3", ("height",), {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2}
+    ),
     "corners, no padding, groups": Case(
         (2, 2, 12, 13), "gpu=2x2", ("height", "width"), {"kernel_size": (3, 5), "groups": 2}
     ),

@@ -1,7 +1,6 @@
 """Halo exchanges in prices, steps and bounds: hidden where that is faster, and nothing else."""
 
 import functools
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -23,8 +22,9 @@ from planner.ir.rules import InputOutput
 from planner.ir.split import LayerId
 from planner.ir.tensor import TensorSpec
 from planner.ir.transfer import is_halo
+from planner.profile.key import LocalLayer
 from planner.profile.roofline import Roofline
-from planner.profile.table import ProfileTable
+from planner.profile.table import LayerTime, ProfileTable
 from planner.search.dual import bound_chain
 from planner.search.formulate import formulate
 from planner.space.enumerate import enumerate_splits
@@ -84,19 +84,45 @@ def test_a_halo_costs_the_least_of_both_ways() -> None:
         assert halo.is_overlapped == (costs[0] < costs[1])
 
 
-def test_outputs_are_joined_by_a_copy_only_where_they_lie_elsewhere_than_inputs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    costs = table(HaloOverlap.ALWAYS)
-    in_place, model = halos(costs), costs.model
-    monkeypatch.setattr(Conv, "keeps_size", False)
-    joined = halos(table.__wrapped__(HaloOverlap.ALWAYS))
-    assert any(halo.is_overlapped for halo in in_place.values())
-    for (i, j, a, b), halo in in_place.items():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_halo_costs_what_is_left_of_it_strips_and_copies(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
+    """Rows are cut in two or in four; nothing else of space is. Outputs of a kernel of 3 lie as inputs do."""
+    monkeypatch.setattr(Conv, "keeps_size", in_place)
+    costs = table.__wrapped__(HaloOverlap.ALWAYS)
+    model, blocking = costs.model, halos(table.__wrapped__(HaloOverlap.NEVER))
+    seen = set()
+    for (i, j, a, b), halo in halos(costs).items():
         layer = costs.space.graph.layers[j]
-        outputs = math.prod(model.local(layer, costs.space.splits[layer.id][b]).output)
-        copied_s = 2 * 4 * outputs / model.crew.bandwidth_bytes_per_s if halo.is_overlapped else 0.0
-        assert joined[i, j, a, b].forward_s - halo.forward_s == pytest.approx(copied_s, rel=1e-6)
+        split = costs.space.splits[layer.id][b]
+        if not halo.is_overlapped or Dimension.WIDTH in split.dimensions:
+            continue
+        local = model.local(layer, split)
+        (n, c, rows, width), (_, k, *_) = local.inputs[0], local.output
+        copy_s = 2 * 4 * n * width / model.crew.bandwidth_bytes_per_s
+        frame_s, join_s = copy_s * c * rows, copy_s * k * local.output[2]
+
+        def part(outputs: int, local: LocalLayer = local) -> LayerTime:
+            (n, c, _, width), (_, k, *_) = local.inputs[0], local.output
+            return model.profile.estimate(
+                replace(local, inputs=((n, c, outputs + 2, width),), output=(n, k, outputs, width))
+            )
+
+        whole, strip, inside = model.profile.estimate(local), part(1), part(local.output[2] - 2)
+        there_s, back_s = blocking[i, j, a, b].forward_s - frame_s, blocking[i, j, a, b].backward_s - frame_s
+        if in_place:
+            sides = 1 if split.dimensions.count(Dimension.HEIGHT) == 1 else 2
+            forward_s = max(there_s - whole.forward_s, 0.0) + sides * strip.forward_s
+            backward_s = max(back_s - whole.backward_s, 0.0) + sides * strip.backward_s
+        else:
+            sides = 2
+            extra_s = inside.forward_s + 2 * strip.forward_s - whole.forward_s
+            weight_s = model.profile.estimate(replace(local, input_gradient=False)).backward_s
+            forward_s = max(there_s - inside.forward_s, 0.0) + max(extra_s, 0.0) + join_s
+            backward_s = max(back_s - weight_s, 0.0) + frame_s
+        assert halo.forward_s == pytest.approx(forward_s, rel=1e-9)
+        assert halo.backward_s == pytest.approx(backward_s, rel=1e-9)
+        seen.add(sides)
+    assert seen == ({1, 2} if in_place else {2})
 
 
 def test_overlapping_never_makes_a_step_longer() -> None:

@@ -58,9 +58,24 @@ def note(what: str) -> None:
     NOTES.setdefault(threading.get_ident(), []).append(what)
 
 
-@pytest.mark.parametrize("overlapped", [False, True], ids=["blocking", "overlapped"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(
+    ("name", "overlapped", "forward", "backward"),
+    [
+        ("corners, uneven", False, ["start", "wait", "conv"], ["gradient [True, True]", "start", "wait"]),
+        (
+            "corners, uneven", True, ["start", "conv", "wait", "conv", "conv"],
+            ["gradient [True, True]"] * 2 + ["start", "gradient [True, True]", "wait"],
+        ),
+        (
+            "padding on one side more", True, ["start", "conv", "wait", *["conv"] * 4],
+            ["gradient [True, False]", "start", "gradient [False, True]", "wait"],
+        ),
+    ],
+    ids=["blocking", "overlapped, in place", "overlapped, elsewhere"],
+)  # fmt: skip
 def test_what_is_overlapped_is_computed_between_start_and_wait(
-    monkeypatch: pytest.MonkeyPatch, overlapped: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, overlapped: bool, forward: list[str], backward: list[str]
 ) -> None:
     convolved, gradients = Geometry.convolved, Geometry.gradients
 
@@ -69,19 +84,16 @@ def test_what_is_overlapped_is_computed_between_start_and_wait(
         return convolved(*args)
 
     def differentiate(*args: Any) -> Any:
-        note(f"gradient {[*args[-1]][:2]}")
+        note(f"gradient {[*args[4]][:2]}")
         return gradients(*args)
 
     monkeypatch.setattr(Geometry, "convolved", convolve)
     monkeypatch.setattr(Geometry, "gradients", differentiate)
     NOTES.clear()
-    case = CASES["corners, uneven"]
+    case = CASES[name]
     plan = spatial_plan(planner_for(case), case.cut, overlapped)
-    assert on_threads(case, plan, Noting) == [{}] * 4
-    forward = ["start", "conv", "wait", *["conv"] * 4] if overlapped else ["start", "wait", "conv"]
-    both = ["gradient [True, False]", "start", "gradient [False, True]", "wait"]
-    backward = both if overlapped else ["gradient [True, True]", "start", "wait"]
-    assert list(NOTES.values()) == [(forward + backward) * len(case.batches())] * 4
+    assert on_threads(case, plan, Noting) == [{}] * plan.mesh.size
+    assert list(NOTES.values()) == [(forward + backward) * len(case.batches())] * plan.mesh.size
 
 
 def piece(outputs: tuple[int, int], own: tuple[int, int]) -> Piece:
@@ -103,7 +115,7 @@ def test_the_interior_needs_own_rows_only(
     outputs: tuple[int, int], own: tuple[int, int], interior: tuple[int, int] | None
 ) -> None:
     geometry = Geometry.of(Conv(1, 1, (5,), (2,), (2,), (1,)), piece(outputs, own))
-    found = geometry.interior((own,))
+    found = geometry.interior((own,), in_place=False)
     assert found == (None if interior is None else (interior,))
     if found is not None:
         rows = [range(*outputs)[i] for i in range(outputs[1] - outputs[0])]
