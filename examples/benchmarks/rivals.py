@@ -20,12 +20,13 @@ from pathlib import Path
 from examples.benchmarks.contenders import ALONE, DDP, FSDP, TP, UNDISTURBED
 from examples.benchmarks.on_hosts import Case, iqr, plan_with, planner_on_hosts, raced, ratio, ratio_interval
 from examples.benchmarks.rows import read_rows, write_rows
-from planner.api import Planner
+from planner.api import Planner, measure_layers
 from planner.errors import LayerwiseError
 from planner.ir import ops as ir
 from planner.ir.dimension import Dimension
 from planner.plan import Plan
 from planner.space.enumerate import DEFAULT_DIMENSIONS
+from runtime.namespaces import Hosts
 from runtime.training import compute_only
 
 OUTPUT = Path(__file__).with_suffix(".csv")
@@ -111,7 +112,8 @@ def measured(network: str, rates: Sequence[str], rounds: int, budget_s: float) -
     case, layers = CASES[network], None
     for rate in rates:
         start = time.perf_counter()
-        with planner_on_hosts(case, rate, layers) as (planner, hosts):
+        with planner_on_hosts(case, rate, layers) as (synchronised, hosts):
+            planner = with_local_statistics(synchronised, hosts)
             layers = planner.machine.profile.layers
             plans = plans_of(planner)
             contenders = [*RIVALS] if case.batch > 1 else [ALONE, UNDISTURBED]
@@ -125,6 +127,12 @@ def measured(network: str, rates: Sequence[str], rounds: int, budget_s: float) -
                 splits = " ".join(f"{axis}={dimension}" for axis, dimension in layer.split.items())
                 print(f"  {layer.id:24} {splits}", file=sys.stderr)
         yield [_row(network, rate, way, plans.get(way), samples) for way in samples]
+
+
+def with_local_statistics(planner: Planner, hosts: Hosts) -> Planner:
+    """Return the planner with times of layers whose batch norm takes each rank's own statistics, too."""
+    own = dataclasses.replace(planner, options=dataclasses.replace(planner.options, sync_batch_norm=False))
+    return dataclasses.replace(planner, machine=measure_layers(own, hosts).machine)
 
 
 def plans_of(planner: Planner) -> dict[str, Plan]:

@@ -689,6 +689,7 @@ def plan_model(
 def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner":
     """Return the planner with measured times of every piece of a layer that its search can ask for.
 
+    What its profile has is not measured again.
     As many processes as the machine has devices time the same layers at once on this host; pieces of many samples with
     fewer of them, see ``planner.measure.sizing``.
     """
@@ -698,9 +699,11 @@ def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner
     start = time.perf_counter()
     rates = Rates.of(torch.device("cpu"))
     keys = dict.fromkeys(sized(piece, rates, MEASURE_TARGET_S).text for piece in planner.layer_pieces())
-    layers: dict[str, Measurement] = {}
-
-    done = 0
+    layers = dict(machine.profile.layers)
+    keys = {key: None for key in keys if key not in layers}
+    if not keys:
+        return planner
+    known, done = len(layers), 0
 
     def keep(key: str, found: Measurement | None) -> None:
         nonlocal done
@@ -711,7 +714,7 @@ def measure_layers(planner: "Planner", hosts: "Hosts | None" = None) -> "Planner
             _log.info("timed %d of %d layers", done, len(keys))
 
     time_layers(list(keys), keep, ranks_at_once=count, hosts=hosts)
-    _log.info("profile: %d layers timed in %.1f s", len(layers), time.perf_counter() - start)
+    _log.info("profile: %d layers timed in %.1f s", len(layers) - known, time.perf_counter() - start)
     return replace(planner, machine=replace(machine, profile=replace(machine.profile, layers=layers)))
 
 

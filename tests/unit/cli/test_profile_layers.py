@@ -73,6 +73,7 @@ def test_every_piece_of_a_measured_planner_has_a_measured_time() -> None:
         for split in space.splits[layer.id]:
             local = model.local(layer, split)
             assert not local.has_kernel or measured.machine.profile.time(local).source is Source.MEASURED
+    assert measure_layers(measured) is measured
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
