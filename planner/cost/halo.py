@@ -8,8 +8,8 @@ kept. Overlapped,
   are joined;
 - backward, the gradient's exchange runs beside the gradient of the weight.
 
-Where outputs lie as inputs do, strips are computed beside all that one device would compute, forward and backward, and
-nothing is joined: the exchanges run beside all of it.
+Where outputs lie as inputs do, what the neighbours' rows add is computed beside all that the own piece gives, forward
+and backward, and nothing is joined: the exchanges run beside all of that.
 
 What that saves and costs is known for each pair of splits before anything is searched. So the matrices of an edge hold
 the smaller of both, no solver needs to know, and what a choice overlaps follows from it.
@@ -31,6 +31,7 @@ from planner.ir.ops import Conv
 from planner.ir.split import Split
 from planner.ir.transfer import is_halo, steps
 from planner.profile.key import LocalLayer
+from planner.profile.table import LayerTime
 
 if TYPE_CHECKING:
     from planner.cost.model import CostModel
@@ -201,27 +202,63 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     assert isinstance(layer.op, Conv)
     bare = replace(layer, absorbed=())
     local = model.local(bare, split)
-    whole, in_one = model.crew.time(local), model.profile.estimate(local)
+    whole = model.crew.time(local)
     bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.crew.bandwidth_bytes_per_s
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
-    parts = _parts(layer, have, need, local.output)
-    if parts is None:
-        return Cutting(0.0, 0.0, 0.0, 0.0, frame_s)
-    guesses = [model.profile.estimate(_with_output(local, each)) for each in parts]
-    forward_s = [each.forward_s * _ratio(whole.forward_s, in_one.forward_s) for each in guesses]
+    times = _Scaled(model, local, whole)
     if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
-        backward_s = [each.backward_s * _ratio(whole.backward_s, in_one.backward_s) for each in guesses]
-        return Cutting(whole.forward_s, whole.backward_s, sum(forward_s[1:]), sum(backward_s[1:]), frame_s)
+        shares = [times.of(share) for share in _shares(layer.op, have, need, local)]
+        extra_s, extra_back_s = sum(there for there, _ in shares), sum(back for _, back in shares)
+        return Cutting(whole.forward_s, whole.backward_s, extra_s, extra_back_s, frame_s)
+    parts = _parts(layer, have, need, local.output)
+    if not parts:
+        return Cutting(0.0, 0.0, 0.0, 0.0, frame_s)
+    forward_s = [times.of(_with_output(local, part))[0] for part in parts]
     weight = model.crew.time(replace(local, input_gradient=False))
     extra_s = max(sum(forward_s) - whole.forward_s, 0.0) + join_s
     return Cutting(forward_s[0], min(weight.backward_s, whole.backward_s), extra_s, frame_s, frame_s)
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else 0.0
+@dataclass(frozen=True)
+class _Scaled:
+    """Times of parts of a piece: as estimated, in proportion to what the piece takes more or less than its estimate."""
+
+    model: "CostModel"
+    piece: LocalLayer
+    time: LayerTime
+
+    def of(self, part: LocalLayer) -> tuple[float, float]:
+        """Return the seconds of a part, forward and backward."""
+        estimate = self.model.profile.estimate
+        whole, found = estimate(self.piece), estimate(part)
+        forward = self.time.forward_s / whole.forward_s if whole.forward_s else 0.0
+        backward = self.time.backward_s / whole.backward_s if whole.backward_s else 0.0
+        return found.forward_s * forward, found.backward_s * backward
 
 
-def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape] | None:
+def _shares(op: Conv, have: Layout, need: Layout, local: LocalLayer) -> Iterator[LocalLayer]:
+    """Yield the pieces that the neighbours' rows are convolved in: with as much of the kernel as reaches them."""
+    own, whole = have.largest_shape(), need.shape
+    for k, (padding, dilation) in enumerate(zip(op.padding, op.dilation, strict=True)):
+        dim = k + _SPACE
+        if dim not in need.placements or own[dim] >= whole[dim] or not padding:
+            continue
+        taps = padding // dilation
+        share = replace(op, kernel=_with(op.kernel, k, taps), padding=_with(op.padding, k, 0))
+        (x,), (weight, *rest) = local.inputs, local.params
+        piece = replace(
+            local, layer=replace(local.layer, op=share),
+            inputs=(_with(x, dim, padding + dilation * (taps - 1)),), output=_with(local.output, dim, padding),
+            params=(_with(weight, dim, taps), *rest),
+        )  # fmt: skip
+        yield from [piece] * (1 if 2 * own[dim] >= whole[dim] else 2)  # of two pieces, each has one neighbour
+
+
+def _with(sizes: Shape, at: int, size: int) -> Shape:
+    return (*sizes[:at], size, *sizes[at + 1 :])
+
+
+def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape]:
     """Return the output shapes of the interior and of the strips around it; none where all outputs need neighbours."""
     op = layer.op
     assert isinstance(op, Conv)
@@ -233,13 +270,11 @@ def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shap
             fit = (own[dim] - 1 - op.dilation[k] * (op.kernel[k] - 1)) // op.stride[k] + 1
             interior[dim] = min(fit, output[dim])
             if interior[dim] <= 0:
-                return None
+                return []
     parts = [tuple(interior)]
     for dim in range(_SPACE, len(output)):
         rest = output[dim] - interior[dim]
         sides = [rows for rows in (rest - rest // 2, rest // 2) if rows]
-        if op.keeps_size and 2 * own[dim] >= whole[dim]:
-            sides = sides[:1]  # of two pieces, each has one neighbour
         parts += [(*interior[:dim], rows, *output[dim + 1 :]) for rows in sides]
     return parts
 

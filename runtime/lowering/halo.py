@@ -4,24 +4,25 @@ One function does what would else be four: exchange, zeros around the piece, con
 the neighbours and the zeros are put beside the own piece in one copy. Where it is overlapped,
 
 - forward, the borders are on their way while the outputs that need only own rows are computed; then come the strips
-  that need the neighbours'. Where outputs lie as inputs do, the own piece is convolved as it is, with zeros around it,
-  and the strips replace what that made wrong, so that nothing but them is copied;
-- backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed. Where outputs
-  lie as inputs do, the convolution is taken for a sum: of the own piece with zeros around it, and of strips in which
-  the neighbours' rows stand beside zeros. The strips come first, and give the halo's gradient; all gradients of the own
-  piece are computed while it is on its way. Gradients of the weight add up, and nothing is put beside the piece.
+  that need the neighbours';
+- backward, the halo's gradient is on its way to its owners while the gradient of the weight is computed.
 
-The numbers of both ways are the same up to the order of sums.
+Where outputs lie as inputs do, the convolution is taken for a sum (``Share``): of the own piece with zeros around it,
+which is computed while borders are on their way, and of every part that comes, with zeros around that and no more of
+the kernel than what reaches it. Backward, the shares come first, because they give the halo's gradient; the gradients
+of the own piece are computed while it is on its way. Nothing but rows is copied.
+
+The numbers of all ways are the same up to the order of sums.
 Shapes: N samples, C channels, ... space.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import torch
+from torch.nn import functional
 
 from planner.ir import ops as ir
 from planner.ir.halo import Window
@@ -95,22 +96,14 @@ class Geometry:
         """Return whether outputs lie as the own positions do: convolved with zeros around them they have one each."""
         return self.op.keeps_size and own == self.outputs
 
-    def interior(self, own: Box, *, in_place: bool) -> Box | None:
-        """Return the outputs that read own positions only; None where there are none, or no others.
-
-        Args:
-            own: positions.
-            in_place: or zeros around the whole input, because they are around the own positions.
-        """
+    def interior(self, own: Box) -> Box | None:
+        """Return the outputs that read own positions only; None where there are none, or no others."""
         found = []
-        for window, outputs, (first, last), cut, size in zip(
-            self.windows, self.outputs, own, self.is_cut, self.sizes, strict=True
-        ):
+        for window, outputs, (first, last), cut in zip(self.windows, self.outputs, own, self.is_cut, strict=True):
             start, stop = outputs
-            reach = window.dilation * (window.kernel - 1)
-            if cut and not (in_place and first == 0):
+            if cut:
+                reach = window.dilation * (window.kernel - 1)
                 start = max(start, -(-(first + window.padding) // window.stride))
-            if cut and not (in_place and last == size):
                 stop = min(stop, (last - 1 - reach + window.padding) // window.stride + 1)
             if start >= stop:
                 return None
@@ -215,12 +208,6 @@ class Frame:
             narrowed(result, self.own[0]).copy_(narrowed(x, self.own[1]))
         return result
 
-    def without_own(self, x: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the box with zeros where the own piece would be."""
-        result = new_like(x, self.shape).zero_()
-        self.finish(result, parts)
-        return result
-
     def finish(self, result: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         """Put what came from others into the box."""
         for k, place, part in self.halos:
@@ -235,6 +222,54 @@ def _with_side(region: Region, dim: int, start: int, stop: int) -> Region:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a part of the input adds to the outputs of a convolution of stride 1, whose sum over all parts they are.
+
+    Attributes:
+        widths: of zeros around the part, as ``functional.pad`` takes them; negative: what of it no output reads.
+        padding: further zeros, that the convolution adds.
+        taps: what of the kernel reaches the part.
+        outputs: those that read it.
+    """
+
+    widths: tuple[int, ...]
+    padding: tuple[int, ...]
+    taps: Narrows
+    outputs: Box
+
+    @staticmethod
+    def of(part: Region, geometry: Geometry) -> "Share | None":
+        """Return the share of a part; None where no output reads it."""
+        widths, padding, taps, outputs = list[int](), [], [], []
+        for k, (window, (first, last)) in enumerate(zip(geometry.windows, geometry.outputs, strict=True)):
+            start, stop, step = part.start[k + _SPACE], part.stop[k + _SPACE], window.dilation
+            # output o reads with tap j the position o + j * step - padding
+            tap = max(0, -(-(start + window.padding - last + 1) // step))
+            end = min(window.kernel, (stop - 1 + window.padding - first) // step + 1)
+            low = max(first, start + window.padding - (end - 1) * step)
+            high = min(last, stop + window.padding - tap * step)
+            if tap >= end or low >= high:
+                return None
+            before = start - (low + tap * step - window.padding)
+            behind = high + (end - 1) * step - window.padding - stop
+            inside = before if before == behind > 0 else 0
+            padding.append(inside)
+            widths = [before - inside, behind - inside, *widths]  # the last dimension comes first
+            taps.append((k + _SPACE, tap, end - tap))
+            outputs.append((low, high))
+        used = tuple(t for t, window in zip(taps, geometry.windows, strict=True) if t[2] < window.kernel)
+        return Share(tuple(widths), tuple(padding), used, tuple(outputs))
+
+    def around(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the part with zeros around it."""
+        return functional.pad(part, self.widths) if any(self.widths) else part
+
+    def inside(self, framed: torch.Tensor) -> torch.Tensor:
+        """Return the part of what has zeros around it; the reverse of ``around``."""
+        return functional.pad(framed, [-width for width in self.widths]) if any(self.widths) else framed
+
+
+@dataclass(frozen=True)
 class Halo:
     """One convolution on one rank for one batch.
 
@@ -242,7 +277,7 @@ class Halo:
         geometry: of the piece.
         forward, backward: the exchange of borders, and that of their gradients.
         interior: the outputs to compute while borders are on their way; None: all of them behind the exchange.
-        in_place: they are computed with all others, which the strips put right.
+        in_place: outputs are sums of shares, of which the own piece's is computed while borders are on their way.
         name: of what is exchanged, for messages.
     """
 
@@ -273,13 +308,11 @@ class Halo:
         return [(self._frame(box), self._place(box)) for box in self.geometry.strips(self.interior)]
 
     @functools.cached_property
-    def _returned_from(self) -> list[list[tuple[int, Narrows, Narrows]]]:
-        """Of everything that goes back, the strips that read of it: which one, where it is in its frame, and in it."""
-        found = []
-        for region in self.backward.outgoing:
-            shared = [(k, frame, region.intersect(frame.region)) for k, (frame, _) in enumerate(self._strips)]
-            found.append([(k, narrows_of(c, f.region), narrows_of(c, region)) for k, f, c in shared if c is not None])
-        return found
+    def _shares(self) -> list[tuple[Share, Narrows] | None]:
+        """Of every part that comes, what it adds, and where its outputs are in all outputs."""
+        assert self.backward.outgoing == self.forward.incoming
+        found = [Share.of(part, self.geometry) for part in self.forward.incoming]
+        return [None if share is None else (share, self._place(share.outputs)) for share in found]
 
     @functools.cached_property
     def returning(self) -> Exchange:
@@ -322,6 +355,14 @@ class Halo:
         """
         geometry = self.geometry
         wait = self.start(self.forward, self.forward.packed(x))
+        if self.in_place:
+            result, parts = geometry.convolved(x, weight, bias, geometry.op.padding), wait()
+            for part, found in zip(parts, self._shares, strict=True):
+                if found is not None:
+                    share, place = found
+                    kernel = narrowed(weight, share.taps)
+                    narrowed(result, place).add_(geometry.convolved(share.around(part), kernel, None, share.padding))
+            return result, [x, *parts]
         if self.interior is None:
             if x.numel() <= _SMALL:
                 parts = wait()
@@ -330,13 +371,10 @@ class Halo:
                 framed, parts = self.frame.begun(x), wait()
                 self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
-        if self.in_place:
-            result = geometry.convolved(x, weight, bias, geometry.op.padding)
-        else:
-            read, place = self._inside
-            y = geometry.convolved(narrowed(x, read), weight, bias)
-            result = new_like(y, (*y.shape[:_SPACE], *(b - a for a, b in geometry.outputs)))
-            narrowed(result, place).copy_(y)
+        read, place = self._inside
+        y = geometry.convolved(narrowed(x, read), weight, bias)
+        result = new_like(y, (*y.shape[:_SPACE], *(b - a for a, b in geometry.outputs)))
+        narrowed(result, place).copy_(y)
         parts = wait()
         for frame, place in self._strips:
             narrowed(result, place).copy_(geometry.convolved(frame.filled(x, parts), weight, bias))
@@ -351,7 +389,7 @@ class Halo:
     ) -> Gradients:
         """Return the gradients of the own piece, the weight and the bias, as far as the mask asks for them."""
         geometry, (of_input, *of_params) = self.geometry, mask
-        if self.interior is not None and self.in_place:
+        if self.in_place:
             return self._gradients_in_place(gradient, kept, weight, mask)
         if not of_input:
             return geometry.gradients(gradient, self.framed(kept), weight, mask)
@@ -370,36 +408,30 @@ class Halo:
     def _gradients_in_place(
         self, gradient: torch.Tensor, kept: Sequence[torch.Tensor], weight: torch.Tensor, mask: Sequence[bool]
     ) -> Gradients:
-        """Return the gradients where outputs lie as inputs do, without putting anything beside the piece."""
+        """Return the gradients where outputs are sums of shares."""
         geometry, (x, *parts) = self.geometry, kept
         of_input, of_weight, _ = mask
-        strips = [
-            geometry.gradients(
-                narrowed(gradient, place), frame.without_own(x, parts), weight, [of_input, of_weight, False]
-            )
-            for frame, place in self._strips
-        ]
-        wait = self.start(self.backward, self._packed(x, strips), _OF_GRADIENT) if of_input else None
-        of_piece, of_kernel, of_bias = geometry.gradients(gradient, x, weight, mask, geometry.op.padding)
-        for _, found, _ in strips:
-            if of_kernel is not None and found is not None:
-                of_kernel += found
+        returned, of_taps = list[torch.Tensor](), list[tuple[Narrows, torch.Tensor | None]]()
+        for part, found in zip(parts, self._shares, strict=True):
+            if found is None:
+                returned.append(part.new_zeros(part.numel()))
+                continue
+            share, place = found
+            of_frame, of_kernel, _ = geometry.gradients(
+                narrowed(gradient, place), share.around(part), narrowed(weight, share.taps),
+                [of_input, of_weight, False], share.padding,
+            )  # fmt: skip
+            of_taps.append((share.taps, of_kernel))
+            if of_frame is not None:
+                returned.append(share.inside(of_frame).reshape(-1))
+        wait = self.start(self.backward, torch.cat([x.new_empty(0), *returned]), _OF_GRADIENT) if of_input else None
+        of_piece, of_weights, of_bias = geometry.gradients(gradient, x, weight, mask, geometry.op.padding)
+        for taps, of_kernel in of_taps:
+            if of_weights is not None and of_kernel is not None:
+                narrowed(of_weights, taps).add_(of_kernel)
         if wait is not None and of_piece is not None:
             self._add_returned(of_piece, wait())
-        return of_piece, of_kernel, of_bias
-
-    def _packed(self, like: torch.Tensor, strips: Sequence[Gradients]) -> torch.Tensor:
-        """Return the gradients that go back, one after the other, from those of the strips."""
-        shapes = [region.shape for region in self.backward.outgoing]
-        packed = like.new_zeros(sum(map(math.prod, shapes)))
-        for whole, shape, sources in zip(
-            packed.split([math.prod(shape) for shape in shapes]), shapes, self._returned_from, strict=True
-        ):
-            for k, place, part in sources:
-                of_frame = strips[k][0]
-                assert of_frame is not None
-                narrowed(whole.view(shape), part).add_(narrowed(of_frame, place))
-        return packed
+        return of_piece, of_weights, of_bias
 
     def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""
@@ -483,8 +515,8 @@ class HaloCall:
             forward, backward = exchange_of(there, communicator), exchange_of(back, communicator)
             own, geometry = forward.own, self.geometry
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
-            in_place = geometry.lies_in(box)
-            interior = geometry.interior(box, in_place=in_place) if self.overlapped else None
+            in_place = self.overlapped and geometry.lies_in(box)
+            interior = geometry.interior(box) if self.overlapped and not in_place else None
             found = Halo(geometry, forward, backward, interior, in_place, self.conversion.name, communicator)
             self._compiled[batch] = found
         return found

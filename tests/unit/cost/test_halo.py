@@ -85,7 +85,9 @@ def test_a_halo_costs_the_least_of_both_ways() -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_halo_costs_what_is_left_of_it_strips_and_copies(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
+def test_a_halo_costs_what_is_left_of_it_its_own_parts_and_copies(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
     """Rows are cut in two or in four; nothing else of space is. Outputs of a kernel of 3 lie as inputs do."""
     monkeypatch.setattr(Conv, "keeps_size", in_place)
     costs = table.__wrapped__(HaloOverlap.ALWAYS)
@@ -110,6 +112,15 @@ def test_a_halo_costs_what_is_left_of_it_strips_and_copies(monkeypatch: pytest.M
         whole, strip, inside = model.profile.estimate(local), part(1), part(local.output[2] - 2)
         there_s, back_s = blocking[i, j, a, b].forward_s - frame_s, blocking[i, j, a, b].backward_s - frame_s
         if in_place:
+            assert isinstance(layer.op, Conv)
+            row = replace(layer.op, kernel=(1, 3), padding=(0, 1))
+            weight = (*local.params[0][:2], 1, 3)
+            strip = model.profile.estimate(
+                replace(
+                    local, layer=replace(layer, op=row, absorbed=()), inputs=((n, c, 1, width),),
+                    output=(n, k, 1, width), params=(weight,),
+                )
+            )  # fmt: skip
             sides = 1 if split.dimensions.count(Dimension.HEIGHT) == 1 else 2
             forward_s = max(there_s - whole.forward_s, 0.0) + sides * strip.forward_s
             backward_s = max(back_s - whole.backward_s, 0.0) + sides * strip.backward_s

@@ -64,8 +64,8 @@ def note(what: str) -> None:
     [
         ("corners, uneven", False, ["start", "wait", "conv"], ["gradient [True, True]", "start", "wait"]),
         (
-            "corners, uneven", True, ["start", "conv", "wait", "conv", "conv"],
-            ["gradient [True, True]"] * 2 + ["start", "gradient [True, True]", "wait"],
+            "corners, uneven", True, ["start", "conv", "wait", *["conv"] * 3],
+            ["gradient [True, True]"] * 3 + ["start", "gradient [True, True]", "wait"],
         ),
         (
             "padding on one side more", True, ["start", "conv", "wait", *["conv"] * 4],
@@ -115,7 +115,7 @@ def test_the_interior_needs_own_rows_only(
     outputs: tuple[int, int], own: tuple[int, int], interior: tuple[int, int] | None
 ) -> None:
     geometry = Geometry.of(Conv(1, 1, (5,), (2,), (2,), (1,)), piece(outputs, own))
-    found = geometry.interior((own,), in_place=False)
+    found = geometry.interior((own,))
     assert found == (None if interior is None else (interior,))
     if found is not None:
         rows = [range(*outputs)[i] for i in range(outputs[1] - outputs[0])]
