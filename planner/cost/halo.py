@@ -15,6 +15,7 @@ What that saves and costs is known for each pair of splits before anything is se
 the smaller of both, no solver needs to know, and what a choice overlaps follows from it.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ class HaloPair:
             what cutting the computation costs.
         hidden_s: the part of the transfer backward that runs beside computation.
         is_overlapped: computation goes on meanwhile.
+        has_frame: backward puts the piece and the neighbours' rows into one tensor.
     """
 
     whole_s: float
@@ -74,6 +76,7 @@ class HaloPair:
     backward_s: float
     hidden_s: float
     is_overlapped: bool
+    has_frame: bool
 
 
 Halos = Mapping[tuple[int, int], HaloPair]
@@ -90,6 +93,7 @@ class Cutting:
         ahead_back_s: of backward, what no neighbour needs.
         extra_s, extra_back_s: by how much all parts take longer than the whole, put together.
         frame_s: putting rows beside the own piece, for the whole.
+        is_sum: outputs are sums of what the own piece and the neighbours' rows give, each by itself.
     """
 
     ahead_s: float
@@ -97,6 +101,7 @@ class Cutting:
     extra_s: float
     extra_back_s: float
     frame_s: float
+    is_sum: bool = False
 
 
 def may_have_halo(consumer: Layer, position: int) -> bool:
@@ -176,13 +181,13 @@ def _pair(model: "CostModel", times: tuple[float, float], slowed: float, cutting
     """
     there_s, back_s = times
     frame_s = cutting.frame_s
-    blocking = HaloPair(there_s + back_s, there_s + frame_s, back_s + frame_s, 0.0, is_overlapped=False)
+    blocking = HaloPair(there_s + back_s, there_s + frame_s, back_s + frame_s, 0.0, is_overlapped=False, has_frame=True)
     hidden_s, hidden_back_s = min(there_s, cutting.ahead_s), min(back_s, cutting.ahead_back_s)
     overlapped = HaloPair(
         there_s + back_s,
         there_s - hidden_s + cutting.extra_s + slowed * hidden_s,
         back_s - hidden_back_s + cutting.extra_back_s + slowed * hidden_back_s,
-        hidden_back_s, is_overlapped=True,
+        hidden_back_s, is_overlapped=True, has_frame=not cutting.is_sum,
     )  # fmt: skip
     wish = model.settings.halo_overlap
     if wish is HaloOverlap.NEVER or not cutting.ahead_s:
@@ -209,7 +214,7 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
         shares = [times.of(share) for share in _shares(layer.op, have, need, local)]
         extra_s, extra_back_s = sum(there for there, _ in shares), sum(back for _, back in shares)
-        return Cutting(whole.forward_s, whole.backward_s, extra_s, extra_back_s, frame_s)
+        return Cutting(whole.forward_s, whole.backward_s, extra_s, extra_back_s, frame_s, is_sum=True)
     parts = _parts(layer, have, need, local.output)
     if not parts:
         return Cutting(0.0, 0.0, 0.0, 0.0, frame_s)
@@ -237,25 +242,28 @@ class _Scaled:
 
 
 def _shares(op: Conv, have: Layout, need: Layout, local: LocalLayer) -> Iterator[LocalLayer]:
-    """Yield the pieces that the neighbours' rows are convolved in: with as much of the kernel as reaches them."""
+    """Yield pieces that neighbours' rows and corners are convolved in, with as much of the kernel as reaches them."""
     own, whole = have.largest_shape(), need.shape
-    for k, (padding, dilation) in enumerate(zip(op.padding, op.dilation, strict=True)):
-        dim = k + _SPACE
-        if dim not in need.placements or own[dim] >= whole[dim] or not padding:
-            continue
-        taps = padding // dilation
-        share = replace(op, kernel=_with(op.kernel, k, taps), padding=_with(op.padding, k, 0))
-        (x,), (weight, *rest) = local.inputs, local.params
-        piece = replace(
-            local, layer=replace(local.layer, op=share),
-            inputs=(_with(x, dim, padding + dilation * (taps - 1)),), output=_with(local.output, dim, padding),
-            params=(_with(weight, dim, taps), *rest),
-        )  # fmt: skip
-        yield from [piece] * (1 if 2 * own[dim] >= whole[dim] else 2)  # of two pieces, each has one neighbour
+    sides = []
+    for dim, padding in enumerate(op.padding, start=_SPACE):
+        is_cut = dim in need.placements and own[dim] < whole[dim] and padding
+        sides.append((0,) if not is_cut else (0, 1) if 2 * own[dim] >= whole[dim] else (0, -1, 1))  # of neighbours
+    for place in itertools.product(*sides):
+        if any(place):
+            yield _share(op, local, place)
 
 
-def _with(sizes: Shape, at: int, size: int) -> Shape:
-    return (*sizes[:at], size, *sizes[at + 1 :])
+def _share(op: Conv, local: LocalLayer, place: Shape) -> LocalLayer:
+    """Return the piece that the rows of the neighbour at a place, relative to the own one, are convolved in."""
+    x, output, kernel, padding = (list(shape) for shape in (local.inputs[0], local.output, op.kernel, op.padding))
+    for k, side in enumerate(place):
+        if side:
+            rows, dilation = op.padding[k], op.dilation[k]
+            kernel[k], padding[k] = -(-rows // dilation), 0
+            x[k + _SPACE], output[k + _SPACE] = rows + dilation * (kernel[k] - 1), rows
+    params = tuple((*p[:_SPACE], *kernel) if len(p) == len(x) else p for p in local.params)
+    layer = replace(local.layer, op=replace(op, kernel=tuple(kernel), padding=tuple(padding)))
+    return replace(local, layer=layer, inputs=(tuple(x),), output=tuple(output), params=params)
 
 
 def _parts(layer: Layer, have: Layout, need: Layout, output: Shape) -> list[Shape]:

@@ -161,7 +161,9 @@ def layer_bytes(
     )  # fmt: skip
 
 
-def with_halo(found: LayerBytes, layer: Layer, have: Layout, need: Layout, dtype: DType) -> LayerBytes:
+def with_halo(
+    found: LayerBytes, layer: Layer, have: Layout, need: Layout, dtype: DType, *, has_frame: bool
+) -> LayerBytes:
     """Return the bytes of a layer that reads what a producer keeps.
 
     ``layer_bytes`` counts an input of a convolution or linear layer as moved, as a split alone does not tell. Where
@@ -174,6 +176,7 @@ def with_halo(found: LayerBytes, layer: Layer, have: Layout, need: Layout, dtype
         have: of its input, as the producer makes it.
         need: of its input, as it is read.
         dtype: element type of the input.
+        has_frame: see ``planner.cost.halo.HaloPair``.
     """
     products = isinstance(layer.op, Conv | ConvTranspose | Linear)
     if not products or not any(isinstance(p, int) and p >= _SPACE for p in need.placements):
@@ -184,7 +187,7 @@ def with_halo(found: LayerBytes, layer: Layer, have: Layout, need: Layout, dtype
     if not isinstance(layer.op, Conv) or not is_halo(have, need):
         return found
     kept = min(_elements(have) * dtype.item_bytes, needed)
-    return replace(found, activations=max(found.activations - kept, 0), framed=needed)
+    return replace(found, activations=max(found.activations - kept, 0), framed=needed if has_frame else 0)
 
 
 def _elements(layout: Layout) -> int:

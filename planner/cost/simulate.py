@@ -348,11 +348,13 @@ class _Simulation:
         """Return the bytes of every layer; what a producer keeps is not counted again with its reader."""
         model, layers = self._table.model, self._table.space.graph.layers
         found = [cost.memory for cost in self._costs]
-        for i, j, position in self._table.edges:
+        for (i, j, position), edge in self._table.edges.items():
             if not SPATIAL_DIMENSIONS.isdisjoint(self._splits[j].dimensions):
                 have, need = model.layouts(layers[i], self._splits[i]).output, model.layouts(layers[j], self._splits[j])
                 dtype = model.settings.activation_dtype(layers[i].output.dtype)
-                found[j] = with_halo(found[j], layers[j], have, need.inputs[position], dtype)
+                halo = edge.halos.get((self._choice[i], self._choice[j]))
+                has_frame = halo is None or halo.has_frame
+                found[j] = with_halo(found[j], layers[j], have, need.inputs[position], dtype, has_frame=has_frame)
         return found
 
     def timeline(self) -> Timeline:

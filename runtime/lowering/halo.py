@@ -9,10 +9,10 @@ the neighbours and the zeros are put beside the own piece in one copy. Where it 
 
 Where outputs lie as inputs do, the convolution is taken for a sum (``Share``): of the own piece with zeros around it,
 which is computed while borders are on their way, and of every part that comes, with zeros around that and no more of
-the kernel than what reaches it. Backward, the shares come first, because they give the halo's gradient; the gradients
-of the own piece are computed while it is on its way. Nothing but rows is copied.
+the kernel than what reaches it. Backward, the shares' inputs come first, because their gradients are the halo's; all
+others are computed while it is on its way. Nothing but rows is copied.
 
-The numbers of all ways are the same up to the order of sums.
+The numbers of all ways are the same up to the order of sums; in half precision, each share is rounded by itself.
 Shapes: N samples, C channels, ... space.
 """
 
@@ -276,7 +276,8 @@ class Halo:
     Attributes:
         geometry: of the piece.
         forward, backward: the exchange of borders, and that of their gradients.
-        interior: the outputs to compute while borders are on their way; None: all of them behind the exchange.
+        interior: the outputs to compute while borders are on their way; None: all of them behind the exchange, or
+            ``in_place``.
         in_place: outputs are sums of shares, of which the own piece's is computed while borders are on their way.
         name: of what is exchanged, for messages.
     """
@@ -411,27 +412,34 @@ class Halo:
         """Return the gradients where outputs are sums of shares."""
         geometry, (x, *parts) = self.geometry, kept
         of_input, of_weight, _ = mask
-        returned, of_taps = list[torch.Tensor](), list[tuple[Narrows, torch.Tensor | None]]()
-        for part, found in zip(parts, self._shares, strict=True):
-            if found is None:
-                returned.append(part.new_zeros(part.numel()))
-                continue
-            share, place = found
-            of_frame, of_kernel, _ = geometry.gradients(
-                narrowed(gradient, place), share.around(part), narrowed(weight, share.taps),
-                [of_input, of_weight, False], share.padding,
-            )  # fmt: skip
-            of_taps.append((share.taps, of_kernel))
-            if of_frame is not None:
-                returned.append(share.inside(of_frame).reshape(-1))
-        wait = self.start(self.backward, torch.cat([x.new_empty(0), *returned]), _OF_GRADIENT) if of_input else None
+        wait = self.start(self.backward, self._sent_back(gradient, parts, weight), _OF_GRADIENT) if of_input else None
         of_piece, of_weights, of_bias = geometry.gradients(gradient, x, weight, mask, geometry.op.padding)
-        for taps, of_kernel in of_taps:
-            if of_weights is not None and of_kernel is not None:
-                narrowed(of_weights, taps).add_(of_kernel)
+        for part, found in zip(parts, self._shares, strict=True) if of_weight else ():
+            if found is not None and of_weights is not None:
+                of_kernel = self._gradients_of_share(found, part, gradient, weight, [False, True, False])[1]
+                narrowed(of_weights, found[0].taps).add_(of_kernel)
         if wait is not None and of_piece is not None:
             self._add_returned(of_piece, wait())
         return of_piece, of_weights, of_bias
+
+    def _sent_back(self, gradient: torch.Tensor, parts: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of what came, one after the other."""
+        sent = []
+        for part, found in zip(parts, self._shares, strict=True):
+            if found is None:
+                sent.append(torch.zeros_like(part).view(-1))
+            else:
+                framed = self._gradients_of_share(found, part, gradient, weight, [True, False, False])[0]
+                sent.append(found[0].inside(framed).reshape(-1))
+        return torch.cat([weight.new_empty(0), *sent])
+
+    def _gradients_of_share(
+        self, found: tuple[Share, Narrows], part: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor,
+        mask: Sequence[bool],
+    ) -> Any:  # fmt: skip
+        share, place = found
+        kernel = narrowed(weight, share.taps)
+        return self.geometry.gradients(narrowed(gradient, place), share.around(part), kernel, mask, share.padding)
 
     def gradient_of_piece(self, framed: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the gradient of the own piece from that of the frame and what comes from the neighbours."""

@@ -90,6 +90,9 @@ CASES: dict[str, Case] = {
     "two neighbours, dilation": Case(
         (2, 2, 19, 6), "gpu=3", ("height",), {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2}
     ),
+    "even kernel, dilation": Case(
+        (2, 2, 9, 6), "gpu=2x2", ("height", "width"), {"kernel_size": 2, "padding": 1, "dilation": 2}
+    ),
     "corners, no padding, groups": Case(
         (2, 2, 12, 13), "gpu=2x2", ("height", "width"), {"kernel_size": (3, 5), "groups": 2}
     ),

@@ -1,11 +1,16 @@
 """Halo exchanges in prices, steps and bounds: hidden where that is faster, and nothing else."""
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
 
+from planner.api import Options, Origin, machine_of, prepare
 from planner.cost.halo import HaloOverlap, HaloPair
 from planner.cost.model import CostModel, Settings
 from planner.cost.overlap import Streams
@@ -84,56 +89,92 @@ def test_a_halo_costs_the_least_of_both_ways() -> None:
         assert halo.is_overlapped == (costs[0] < costs[1])
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_halo_costs_what_is_left_of_it_its_own_parts_and_copies(
-    monkeypatch: pytest.MonkeyPatch, in_place: bool
-) -> None:
-    """Rows are cut in two or in four; nothing else of space is. Outputs of a kernel of 3 lie as inputs do."""
-    monkeypatch.setattr(Conv, "keeps_size", in_place)
-    costs = table.__wrapped__(HaloOverlap.ALWAYS)
-    model, blocking = costs.model, halos(table.__wrapped__(HaloOverlap.NEVER))
-    seen = set()
+def test_in_place_a_halo_costs_what_is_left_of_it_and_what_its_rows_and_corners_add() -> None:
+    costs, blocking, seen = table(HaloOverlap.ALWAYS), halos(table(HaloOverlap.NEVER)), set()
+    model = costs.model
     for (i, j, a, b), halo in halos(costs).items():
         layer = costs.space.graph.layers[j]
         split = costs.space.splits[layer.id][b]
-        if not halo.is_overlapped or Dimension.WIDTH in split.dimensions:
+        local = model.local(layer, split)
+
+        def share(is_row: bool, is_column: bool, local: LocalLayer = local) -> LayerTime:
+            """Return the time of what a neighbour above or below, beside, or both, adds."""
+            assert isinstance(local.layer.op, Conv)
+            (n, c, *frame), (_, k, *rows), cut = local.inputs[0], local.output, (is_row, is_column)
+            kernel, padding = (
+                tuple(of_cut if is_cut else other for is_cut in cut) for of_cut, other in ((1, 3), (0, 1))
+            )
+            op = replace(local.layer.op, kernel=kernel, padding=padding)
+            x, y = ([1 if is_cut else size for is_cut, size in zip(cut, s, strict=True)] for s in (frame, rows))
+            piece = replace(
+                local, layer=replace(local.layer, op=op), inputs=((n, c, *x),), output=(n, k, *y),
+                params=((*local.params[0][:2], *kernel),),
+            )  # fmt: skip
+            return model.profile.estimate(piece)
+
+        above, beside = ({0: 0, 1: 1, 2: 2}[split.dimensions.count(d)] for d in (Dimension.HEIGHT, Dimension.WIDTH))
+        added = [share(True, False)] * above + [share(False, True)] * beside + [share(True, True)] * (above * beside)
+        frame_s = 2 * 4 * math.prod(local.inputs[0]) / model.crew.bandwidth_bytes_per_s
+        whole = model.profile.estimate(local)
+        there_s, back_s = blocking[i, j, a, b].forward_s - frame_s, blocking[i, j, a, b].backward_s - frame_s
+        assert (halo.is_overlapped, halo.has_frame) == (True, False)
+        expected = max(there_s - whole.forward_s, 0.0) + sum(each.forward_s for each in added)
+        assert halo.forward_s == pytest.approx(expected, rel=1e-9)
+        expected = max(back_s - whole.backward_s, 0.0) + sum(each.backward_s for each in added)
+        assert halo.backward_s == pytest.approx(expected, rel=1e-9)
+        seen.add((above, beside))
+    assert seen == {(1, 0), (0, 1), (1, 1), (2, 0), (0, 2)}
+
+
+def test_elsewhere_a_halo_costs_what_is_left_of_it_strips_and_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conv, "keeps_size", False)
+    costs, blocking, seen = table.__wrapped__(HaloOverlap.ALWAYS), halos(table.__wrapped__(HaloOverlap.NEVER)), 0
+    model = costs.model
+    for (i, j, a, b), halo in halos(costs).items():
+        layer = costs.space.graph.layers[j]
+        split = costs.space.splits[layer.id][b]
+        if Dimension.WIDTH in split.dimensions:
             continue
         local = model.local(layer, split)
-        (n, c, rows, width), (_, k, *_) = local.inputs[0], local.output
-        copy_s = 2 * 4 * n * width / model.crew.bandwidth_bytes_per_s
-        frame_s, join_s = copy_s * c * rows, copy_s * k * local.output[2]
+        copy_s = 2 * 4 / model.crew.bandwidth_bytes_per_s
+        frame_s, join_s = copy_s * math.prod(local.inputs[0]), copy_s * math.prod(local.output)
 
         def part(outputs: int, local: LocalLayer = local) -> LayerTime:
             (n, c, _, width), (_, k, *_) = local.inputs[0], local.output
-            return model.profile.estimate(
-                replace(local, inputs=((n, c, outputs + 2, width),), output=(n, k, outputs, width))
-            )
+            x, y = (n, c, outputs + 2, width), (n, k, outputs, width)
+            return model.profile.estimate(replace(local, inputs=(x,), output=y))
 
         whole, strip, inside = model.profile.estimate(local), part(1), part(local.output[2] - 2)
         there_s, back_s = blocking[i, j, a, b].forward_s - frame_s, blocking[i, j, a, b].backward_s - frame_s
-        if in_place:
-            assert isinstance(layer.op, Conv)
-            row = replace(layer.op, kernel=(1, 3), padding=(0, 1))
-            weight = (*local.params[0][:2], 1, 3)
-            strip = model.profile.estimate(
-                replace(
-                    local, layer=replace(layer, op=row, absorbed=()), inputs=((n, c, 1, width),),
-                    output=(n, k, 1, width), params=(weight,),
-                )
-            )  # fmt: skip
-            sides = 1 if split.dimensions.count(Dimension.HEIGHT) == 1 else 2
-            forward_s = max(there_s - whole.forward_s, 0.0) + sides * strip.forward_s
-            backward_s = max(back_s - whole.backward_s, 0.0) + sides * strip.backward_s
-        else:
-            sides = 2
-            extra_s = inside.forward_s + 2 * strip.forward_s - whole.forward_s
-            weight_s = model.profile.estimate(replace(local, input_gradient=False)).backward_s
-            forward_s = max(there_s - inside.forward_s, 0.0) + max(extra_s, 0.0) + join_s
-            backward_s = max(back_s - weight_s, 0.0) + frame_s
-        assert halo.forward_s == pytest.approx(forward_s, rel=1e-9)
-        assert halo.backward_s == pytest.approx(backward_s, rel=1e-9)
-        seen.add(sides)
-    assert seen == ({1, 2} if in_place else {2})
+        extra_s = inside.forward_s + 2 * strip.forward_s - whole.forward_s
+        weight_s = model.profile.estimate(replace(local, input_gradient=False)).backward_s
+        assert (halo.is_overlapped, halo.has_frame) == (True, True)
+        expected = max(there_s - inside.forward_s, 0.0) + max(extra_s, 0.0) + join_s
+        assert halo.forward_s == pytest.approx(expected, rel=1e-9)
+        assert halo.backward_s == pytest.approx(max(back_s - weight_s, 0.0) + frame_s, rel=1e-9)
+        seen += 1
+    assert seen > 5
+
+
+class Blurred(nn.Module):
+    """A convolution, then one with a fixed kernel that is no state of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.kernel = torch.ones(4, 1, 3, 3) / 9
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(self.stem(x), self.kernel, padding=1, groups=4)
+
+
+def test_halos_of_weights_that_are_no_parameters_are_priced() -> None:
+    options = Options(dimensions=frozenset({Dimension.HEIGHT}), halo_overlap="always")
+    x = torch.empty((1, 1, 16, 16), device="meta")
+    planner = prepare(Blurred(), (x,), machine_of(devices=2), options, Origin("blurred", "blurred"))
+    (mesh,) = planner.meshes()
+    found = [halo for edge in planner.table(mesh).edges.values() for halo in edge.halos.values()]
+    assert [(halo.is_overlapped, halo.has_frame) for halo in found] == [(True, False)]
 
 
 def test_overlapping_never_makes_a_step_longer() -> None:

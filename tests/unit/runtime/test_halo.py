@@ -52,6 +52,7 @@ class Noting(ThreadCommunicator):
 
 
 NOTES: dict[int, list[str]] = {}
+FOR_INPUT, FOR_WEIGHT = "gradient [True, False]", "gradient [False, True]"
 
 
 def note(what: str) -> None:
@@ -65,11 +66,11 @@ def note(what: str) -> None:
         ("corners, uneven", False, ["start", "wait", "conv"], ["gradient [True, True]", "start", "wait"]),
         (
             "corners, uneven", True, ["start", "conv", "wait", *["conv"] * 3],
-            ["gradient [True, True]"] * 3 + ["start", "gradient [True, True]", "wait"],
+            [*[FOR_INPUT] * 3, "start", "gradient [True, True]", *[FOR_WEIGHT] * 3, "wait"],
         ),
         (
             "padding on one side more", True, ["start", "conv", "wait", *["conv"] * 4],
-            ["gradient [True, False]", "start", "gradient [False, True]", "wait"],
+            [FOR_INPUT, "start", FOR_WEIGHT, "wait"],
         ),
     ],
     ids=["blocking", "overlapped, in place", "overlapped, elsewhere"],
