@@ -32,7 +32,6 @@ from planner.ir.ops import Conv
 from planner.ir.split import Split
 from planner.ir.transfer import is_halo, steps
 from planner.profile.key import LocalLayer
-from planner.profile.table import LayerTime
 
 if TYPE_CHECKING:
     from planner.cost.model import CostModel
@@ -210,54 +209,50 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     whole = model.crew.time(local)
     bandwidth_s = local.dtype.item_bytes * COPY_PASSES / model.crew.bandwidth_bytes_per_s
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
-    times = _Scaled(model, local, whole)
+    in_one = model.profile.estimate(local)  # parts are estimated, and are off as the whole is
+    forward, backward = _ratio(whole.forward_s, in_one.forward_s), _ratio(whole.backward_s, in_one.backward_s)
     if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
-        shares = [times.of(share) for share in _shares(layer.op, have, need, local)]
-        extra_s, extra_back_s = sum(there for there, _ in shares), sum(back for _, back in shares)
+        shares = [(n, model.profile.estimate(share)) for n, share in _shares(layer.op, have, need, local)]
+        extra_s = forward * sum(n * share.forward_s for n, share in shares)
+        extra_back_s = backward * sum(n * share.backward_s for n, share in shares)
         return Cutting(whole.forward_s, whole.backward_s, extra_s, extra_back_s, frame_s, is_sum=True)
     parts = _parts(layer, have, need, local.output)
     if not parts:
         return Cutting(0.0, 0.0, 0.0, 0.0, frame_s)
-    forward_s = [times.of(_with_output(local, part))[0] for part in parts]
+    forward_s = [forward * model.profile.estimate(_with_output(local, part)).forward_s for part in parts]
     weight = model.crew.time(replace(local, input_gradient=False))
     extra_s = max(sum(forward_s) - whole.forward_s, 0.0) + join_s
     return Cutting(forward_s[0], min(weight.backward_s, whole.backward_s), extra_s, frame_s, frame_s)
 
 
-@dataclass(frozen=True)
-class _Scaled:
-    """Times of parts of a piece: as estimated, in proportion to what the piece takes more or less than its estimate."""
-
-    model: "CostModel"
-    piece: LocalLayer
-    time: LayerTime
-
-    def of(self, part: LocalLayer) -> tuple[float, float]:
-        """Return the seconds of a part, forward and backward."""
-        estimate = self.model.profile.estimate
-        whole, found = estimate(self.piece), estimate(part)
-        forward = self.time.forward_s / whole.forward_s if whole.forward_s else 0.0
-        backward = self.time.backward_s / whole.backward_s if whole.backward_s else 0.0
-        return found.forward_s * forward, found.backward_s * backward
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
 
 
-def _shares(op: Conv, have: Layout, need: Layout, local: LocalLayer) -> Iterator[LocalLayer]:
-    """Yield pieces that neighbours' rows and corners are convolved in, with as much of the kernel as reaches them."""
+def _shares(op: Conv, have: Layout, need: Layout, local: LocalLayer) -> Iterator[tuple[int, LocalLayer]]:
+    """Yield pieces that neighbours' rows and corners are convolved in, with how many there are of each size."""
     own, whole = have.largest_shape(), need.shape
-    sides = []
+    neighbours = []
     for dim, padding in enumerate(op.padding, start=_SPACE):
         is_cut = dim in need.placements and own[dim] < whole[dim] and padding
-        sides.append((0,) if not is_cut else (0, 1) if 2 * own[dim] >= whole[dim] else (0, -1, 1))  # of neighbours
-    for place in itertools.product(*sides):
-        if any(place):
-            yield _share(op, local, place)
+        neighbours.append(0 if not is_cut else 1 if 2 * own[dim] >= whole[dim] else 2)
+    for beyond in itertools.product(*((False, True) if n else (False,) for n in neighbours)):
+        if any(beyond):
+            count = math.prod(n for n, is_beyond in zip(neighbours, beyond, strict=True) if is_beyond)
+            yield count, _share(op, local, beyond)
 
 
-def _share(op: Conv, local: LocalLayer, place: Shape) -> LocalLayer:
-    """Return the piece that the rows of the neighbour at a place, relative to the own one, are convolved in."""
+def _share(op: Conv, local: LocalLayer, beyond: Sequence[bool]) -> LocalLayer:
+    """Return the piece that rows of a neighbour are convolved in, with as much of the kernel as reaches them.
+
+    Args:
+        op: the convolution.
+        local: the own piece.
+        beyond: whether the neighbour lies beside the own piece, of each dimension of space.
+    """
     x, output, kernel, padding = (list(shape) for shape in (local.inputs[0], local.output, op.kernel, op.padding))
-    for k, side in enumerate(place):
-        if side:
+    for k, is_beyond in enumerate(beyond):
+        if is_beyond:
             rows, dilation = op.padding[k], op.dilation[k]
             kernel[k], padding[k] = -(-rows // dilation), 0
             x[k + _SPACE], output[k + _SPACE] = rows + dilation * (kernel[k] - 1), rows
