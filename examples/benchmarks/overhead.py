@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m examples.benchmarks.overhead
 
 lowers networks of one layer for one of two ranks, and times the modules that come out, forward and backward, with a
-communicator that sends nothing, in turns with the plain module on tensors of the same sizes. The tensors are tiny, so
-that the time is that of the calls. The seconds inside of the communicator's calls are a column of their own and no
-part of the overhead: what is left is autograd, packing of messages, and putting together what came. A conversion takes
-the place of nothing; beside it is a view, so that what every backward pass costs does not count. The last row of a
-layer is the sum of its modules; conversions at the ends of the network are none of them.
+communicator that sends nothing, in turns with the plain module on tensors of the same sizes (of a convolution with a
+halo: on all that its outputs read). The tensors are tiny, so that the time is that of the calls. The seconds inside of
+the communicator's calls are a column of their own and no part of the overhead: what is left is autograd, packing of
+messages, and putting together what came. A conversion at the end of a network takes the place of nothing; beside it is
+a view, so that what every backward pass costs does not count.
 
     OMP_NUM_THREADS=1 python -m examples.benchmarks.overhead --steps
 
@@ -17,10 +17,12 @@ same size, and prints the median of the ratios with its 95 % interval.
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial, reduce
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -33,14 +35,11 @@ from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.plan import Plan
 from planner.space.enumerate import DEFAULT_DIMENSIONS
 from runtime.launch import run_local
-from runtime.lowering.ops import Bias
 from runtime.parallel import ParallelModule, lower, trace_for
 from runtime.training import DDP, SilentCommunicator
 
 Call = Callable[..., torch.Tensor]
 CHANNELS = 8
-MOVES = {"Redistribution", "Bias"}
-"""Modules that stand in no operator's place."""
 BUCKET_BYTES = 25 * 2**20
 """As DDP's."""
 
@@ -56,6 +55,7 @@ class Case:
         dimension: that it is split by.
         sync_batch_norm: of the plan.
         num_before: layers alike in front of it; behind another one a window fetches its halo itself.
+        halo: whether it fetches that (``exchanged``), beside computation (``overlapped``), or computes it itself.
     """
 
     name: str
@@ -64,15 +64,19 @@ class Case:
     dimension: str
     sync_batch_norm: bool = True
     num_before: int = 0
+    halo: Literal["exchanged", "overlapped", "recomputed"] = "exchanged"
 
 
 IMAGE = (CHANNELS, 8, 8)
+CONV = partial(nn.Conv2d, CHANNELS, CHANNELS, 3, padding=1)
 CASES = (
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "sample"),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "out_channel"),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "in_channel"),
-    Case("conv", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "height"),
-    Case("conv, halo", lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), IMAGE, "height", num_before=1),
+    Case("conv", CONV, IMAGE, "sample"),
+    Case("conv", CONV, IMAGE, "out_channel"),
+    Case("conv", CONV, IMAGE, "in_channel"),
+    Case("conv", CONV, IMAGE, "height"),
+    Case("conv, halo", CONV, IMAGE, "height", num_before=1),
+    Case("conv, overlapped halo", CONV, IMAGE, "height", num_before=1, halo="overlapped"),
+    Case("conv, recomputed halo", CONV, IMAGE, "height", num_before=1, halo="recomputed"),
     Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "out_channel"),
     Case("linear", lambda: nn.Linear(CHANNELS, CHANNELS), (CHANNELS,), "in_channel"),
     Case("batch norm, local", lambda: nn.BatchNorm2d(CHANNELS), IMAGE, "sample", sync_batch_norm=False),
@@ -95,50 +99,37 @@ def main() -> int:
     if arguments.steps:
         print_steps(arguments.rounds)
         return 0
-    print(f"{'operator':20}{'split':13}{'module':26}{'plain us':>9}{'here us':>9}{'calls us':>9}{'more us':>9}")
+    print(f"{'operator':22}{'split':13}{'module':26}{'plain us':>9}{'here us':>9}{'calls us':>9}{'more us':>9}")
     for case in CASES:
         try:
             rows = list(timed(case, repeats))
         except LayerwiseError as error:
-            print(f"{case.name:20}{case.dimension:13}{error}")
+            print(f"{case.name:22}{case.dimension:13}{error}")
             continue
-        layer = [row for row in rows if not row.is_end]
-        for row in rows if len(layer) == 1 else [*rows, Row.total(layer)]:
-            print(f"{case.name:20}{case.dimension:13}{row}", flush=True)
+        for row in rows:
+            print(f"{case.name:22}{case.dimension:13}{row}", flush=True)
     return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Seconds of one module, forward and backward.
+    """Seconds of what stands in an operator's place, forward and backward.
 
     Attributes:
-        name: of its class.
-        is_end: it converts what enters or leaves the network.
+        name: of its modules.
         plain_s: of the plain module; of a view, beside a conversion.
         here_s: of the module, but for ``calls_s``.
         calls_s: inside of the communicator.
     """
 
     name: str
-    is_end: bool
     plain_s: float
     here_s: float
     calls_s: float
 
-    @staticmethod
-    def total(rows: "list[Row]") -> "Row":
-        """Return the sum of a layer's modules."""
-        views = [row for row in rows if row.name in MOVES]
-        operators = [row for row in rows if row not in views]
-        plain = sum(row.plain_s for row in operators)
-        here = sum(row.here_s for row in operators) + sum(row.here_s - row.plain_s for row in views)
-        return Row("the layer", False, plain, here, sum(row.calls_s for row in rows))
-
     def __str__(self) -> str:
-        name = f"{self.name} (end)" if self.is_end else self.name
         numbers = self.plain_s, self.here_s + self.calls_s, self.calls_s, self.here_s - self.plain_s
-        return f"{name:26}" + "".join(f"{seconds * 1e6:9.1f}" for seconds in numbers)
+        return f"{self.name:26}" + "".join(f"{seconds * 1e6:9.1f}" for seconds in numbers)
 
 
 def timed(case: Case, repeats: int) -> Iterator[Row]:
@@ -156,18 +147,33 @@ def timed(case: Case, repeats: int) -> Iterator[Row]:
     x = torch.randn(plan.batch // (plan.mesh.size if plan.io == "per-rank" else 1), *case.shape)
     net(x)  # lets the state know the batch
     Recorder(net).run(x)
-    for node, module in list(wanted.items())[2 * case.num_before :]:  # and what brings their inputs
-        name, tensors = type(module).__name__, [t for t in inputs[node] if isinstance(t, torch.Tensor)]
-        arguments = tuple(t.detach().requires_grad_() for t in tensors)
-        parameters = list(module.parameters(recurse=False))
-        bias = module.parameter() if isinstance(module, Bias) else None
-        here = _step(module, arguments, [*parameters, *([bias] if bias is not None else [])])
-        plain = _step(lambda a: a.view_as(a), arguments[:1], [])
-        if name not in MOVES:
-            user = plain_module(case, module)
-            plain = _step(user, arguments[:1], list(user.parameters()))
-        is_end = name in MOVES and str(node.target).startswith("transfers.")
-        yield Row(name, is_end, *interleaved(plain, here, clocked, repeats))
+    nodes = list(wanted)[2 * case.num_before :]  # and what brings their inputs
+    for is_end, group in itertools.groupby(nodes, lambda node: str(node.target).startswith("transfers.")):
+        for chain in [[node] for node in group] if is_end else [list(group)]:
+            arguments = tuple(x.detach().requires_grad_() for x in inputs[chain[0]] if isinstance(x, torch.Tensor))
+            modules = [wanted[node] for node in chain]
+            parameters = [p for module in modules for p in module.parameters(recurse=False)]
+            plain = _step(_view, arguments[:1], [])
+            if not is_end:
+                user = plain_module(case, modules[0])
+                read = _whole_frame(user, modules[0](*arguments), arguments[0]) if _fetches_halo(case) else arguments[0]
+                plain = _step(user, (read,), list(user.parameters()))
+            first, *others = modules
+            here = _step(lambda *xs, f=first, o=others: reduce(_called, o, f(*xs)), arguments, parameters)
+            name = ", ".join(type(module).__name__ for module in modules)
+            yield Row(f"{name} (end)" if is_end else name, *interleaved(plain, here, clocked, repeats))
+
+
+def _fetches_halo(case: Case) -> bool:
+    return case.dimension == "height" and "conv" in case.name
+
+
+def _called(x: torch.Tensor, module: nn.Module) -> Any:
+    return module(x)
+
+
+def _view(x: torch.Tensor) -> torch.Tensor:
+    return x.view_as(x)
 
 
 def plain_module(case: Case, module: nn.Module) -> nn.Module:
@@ -176,6 +182,14 @@ def plain_module(case: Case, module: nn.Module) -> nn.Module:
     user._parameters.update({name: p for name, p in module._parameters.items() if p is not None})
     user._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
     return user
+
+
+def _whole_frame(user: nn.Module, outputs: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    """Return all that outputs of a convolution read, with neighbours' rows and zeros."""
+    assert isinstance(user, nn.Conv2d)
+    user.padding = (0, user.padding[1])
+    rows = outputs.shape[2] + user.kernel_size[0] - 1
+    return torch.randn(*piece.shape[:2], rows, piece.shape[3]).requires_grad_()
 
 
 class Clocked:
@@ -203,7 +217,10 @@ def lowered(case: Case) -> tuple[ParallelModule, Plan, Clocked]:
     net = nn.Sequential(*(case.module() for _ in range(case.num_before + 1)))
     options = Options(
         "dp", all_devices=True, constraints=Constraints.of(pin=[f"*={case.dimension}"]),
-        sync_batch_norm=case.sync_batch_norm, dimensions=frozenset({*DEFAULT_DIMENSIONS, *SPATIAL_DIMENSIONS}),
+        sync_batch_norm=case.sync_batch_norm,
+        halo_overlap="always" if case.halo == "overlapped" else "never",
+        halo_recompute="always" if case.halo == "recomputed" else "never",
+        dimensions=frozenset({*DEFAULT_DIMENSIONS, *SPATIAL_DIMENSIONS}),
     )  # fmt: skip
     x = torch.empty((4, *case.shape), device="meta")
     planner = prepare(net, (x,), machine_of(devices=2), options, Origin(case.name, case.name))

@@ -13,7 +13,7 @@ from planner.errors import MismatchError, RunError, UsageError
 from planner.ir.layout import Cut, Layout
 from planner.ir.region import Region
 from planner.ir.transfer import Step, StepKind, steps, transfers
-from runtime.comm.communicator import Communicator, members_of
+from runtime.comm.communicator import Axes, Communicator, members_of
 from runtime.comm.failures import peer_failed
 from runtime.comm.packing import Exchange, format_of, new_like
 
@@ -182,6 +182,12 @@ class Conversion:
         """Whether nothing is to do in either direction, whatever the batch: both sides are cut alike."""
         return not steps(self.source, self.target) and not steps(self.target.gradient, self.source.gradient)
 
+    @functools.cached_property
+    def summed_axes(self) -> Axes:
+        """Axes over which addends are summed, where that is all, and the sum's gradient that of every addend."""
+        there, back = steps(self.source, self.target), steps(self.target.gradient, self.source.gradient)
+        return there[0].axes if [step.kind for step in there] == [StepKind.ALL_REDUCE] and not back else ()
+
     def __deepcopy__(self, _memo: dict[int, Any]) -> "Conversion":
         return self  # it knows nothing of tensors
 
@@ -248,53 +254,20 @@ def refuse_second_derivative() -> None:
         )
 
 
-@dataclass(frozen=True)
-class Added:
-    """A bias that is added behind a conversion, in the same node of autograd.
-
-    Attributes:
-        factor: multiplies its gradient.
-        num_spatial: dimensions of space behind the channels.
-    """
-
-    factor: float
-    num_spatial: int
-
-    def to(self, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with the bias."""
-        return y + bias.to(y.dtype).view(-1, *[1] * self.num_spatial)
-
-    def gradient(self, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the gradient of a bias of some element type."""
-        channels = gradient.dim() - 1 - self.num_spatial
-        found = gradient.sum([d for d in range(gradient.dim()) if d != channels]).to(dtype)
-        return found if self.factor == 1.0 else found * self.factor
-
-
 Factors = Callable[[], tuple[float, float]]
 """Of the gradients of source and target; asked for in the backward pass."""
 
 
-class Convert(torch.autograd.Function):
-    """Runs compiled steps forward and their adjoint backward; gradients may be weighed, and a bias added."""
+class _Convert(torch.autograd.Function):
+    """Runs compiled steps forward and their adjoint backward; gradients may be weighed."""
 
     @staticmethod
-    def forward(  # what autograd passes
-        ctx: Any,
-        x: torch.Tensor,
-        compiled: Steps,
-        factors: Factors | None,
-        bias: torch.Tensor | None,
-        added: Added | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, compiled: Steps, factors: Factors | None) -> torch.Tensor:
         forward, ctx.backward_steps = compiled
-        ctx.factors, ctx.added = factors, added
+        ctx.factors = factors
         y = x
         for run in forward:
             y = run(y)
-        if bias is not None and added is not None:
-            ctx.bias_dtype = bias.dtype
-            return added.to(y, bias)
         return y.view_as(y) if y is x else y
 
     @staticmethod
@@ -304,13 +277,9 @@ class Convert(torch.autograd.Function):
         of_source, of_target = (1.0, 1.0) if ctx.factors is None else ctx.factors()
         if of_target != 1.0:
             gradient = gradient * of_target
-        of_x, _, _, of_bias, _ = ctx.needs_input_grad
-        bias = ctx.added.gradient(gradient, ctx.bias_dtype) if of_bias else None
-        if not of_x:
-            return None, None, None, bias, None
         for run in ctx.backward_steps:
             gradient = run(gradient)
-        return gradient if of_source == 1.0 else gradient * of_source, None, None, bias, None
+        return gradient if of_source == 1.0 else gradient * of_source, None, None
 
 
 def converted(x: torch.Tensor, compiled: Steps, factors: Factors | None) -> torch.Tensor:
@@ -319,7 +288,7 @@ def converted(x: torch.Tensor, compiled: Steps, factors: Factors | None) -> torc
         for run in compiled[0]:
             x = run(x)
         return x
-    found: torch.Tensor = Convert.apply(x, compiled, factors, None, None)
+    found: torch.Tensor = _Convert.apply(x, compiled, factors)
     return found
 
 

@@ -12,11 +12,14 @@ which is computed while borders are on their way, and of every part that comes, 
 the kernel than what reaches it. Backward, the shares' inputs come first, because their gradients are the halo's; all
 others are computed while it is on its way. Nothing but rows is copied.
 
+Where pieces are small, the frame alone is a function, and torch's own convolution reads it.
+
 The numbers of all ways are the same up to the order of sums; in half precision, each share is rounded by itself.
 Shapes: N samples, C channels, ... space.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -44,8 +47,7 @@ _SPACE: Final = 2
 """The first dimension of space."""
 
 _SMALL: Final = 1 << 15
-"""Elements of a piece that is copied in less time than the calls take which would copy it while halos are on their way.
-"""
+"""Elements of pieces that are copied in less time than the calls take which would spare time or memory."""
 
 _OF_GRADIENT: Final = "the gradient of "
 
@@ -279,6 +281,7 @@ class Halo:
         interior: the outputs to compute while borders are on their way; None: all of them behind the exchange, or
             ``in_place``.
         in_place: outputs are sums of shares, of which the own piece's is computed while borders are on their way.
+        is_small: torch's own convolution keeps what it read; equal on all ranks.
         name: of what is exchanged, for messages.
     """
 
@@ -287,6 +290,7 @@ class Halo:
     backward: Exchange
     interior: Box | None
     in_place: bool
+    is_small: bool
     name: str
     communicator: Communicator
 
@@ -365,12 +369,8 @@ class Halo:
                     narrowed(result, place).add_(geometry.convolved(share.around(part), kernel, None, share.padding))
             return result, [x, *parts]
         if self.interior is None:
-            if x.numel() <= _SMALL:
-                parts = wait()
-                framed = self.frame.filled(x, parts)
-            else:
-                framed, parts = self.frame.begun(x), wait()
-                self.frame.finish(framed, parts)
+            framed, parts = self.frame.begun(x), wait()
+            self.frame.finish(framed, parts)
             return geometry.convolved(framed, weight, bias), [x, *parts]
         read, place = self._inside
         y = geometry.convolved(narrowed(x, read), weight, bias)
@@ -458,6 +458,22 @@ class Halo:
             narrowed(of_piece, place).add_(part)
 
 
+class _Framed(torch.autograd.Function):
+    """What all outputs of a piece read, by the exchange of borders."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, halo: Halo, factor: Callable[[], float] | None) -> torch.Tensor:
+        ctx.halo, ctx.factor = halo, factor
+        return halo.frame.filled(x, halo.start(halo.forward, halo.forward.packed(x))())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        refuse_second_derivative()
+        halo, (framed,) = ctx.halo, gradients
+        wait = halo.start(halo.returning, halo.returning.packed(framed), _OF_GRADIENT)
+        return _weighed(halo.gradient_of_piece(framed, wait()), ctx.factor), None, None
+
+
 class HaloConvolution(torch.autograd.Function):
     """A convolution on a piece with the exchange of its borders, forward and backward."""
 
@@ -480,9 +496,11 @@ class HaloConvolution(torch.autograd.Function):
         refuse_second_derivative()
         (weight, *kept), mask = ctx.saved_tensors, ctx.needs_input_grad[:3]
         of_piece, *found = ctx.halo.gradients(gradients[0], kept, weight, mask)
-        if of_piece is not None and ctx.factor is not None and (factor := ctx.factor()) != 1.0:
-            of_piece = of_piece * factor
-        return of_piece, *found, None, None
+        return None if of_piece is None else _weighed(of_piece, ctx.factor), *found, None, None
+
+
+def _weighed(gradient: torch.Tensor, factor: Callable[[], float] | None) -> torch.Tensor:
+    return gradient if factor is None or (found := factor()) == 1.0 else gradient * found
 
 
 @dataclass
@@ -509,7 +527,10 @@ class HaloCall:
         factor = None
         if self.gradient_factor is not None and x.requires_grad:
             factor = functools.partial(self.gradient_factor, self.state.of_this_pass())
-        found: torch.Tensor = HaloConvolution.apply(*_cast(x, weight, bias), halo, factor)
+        x, weight, bias = _cast(x, weight, bias)
+        if halo.is_small:
+            return self.geometry.convolved(_Framed.apply(x, halo, factor), weight, bias)
+        found: torch.Tensor = HaloConvolution.apply(x, weight, bias, halo, factor)
         return found
 
     def _halo(self, batch: Batch) -> Halo:
@@ -525,7 +546,9 @@ class HaloCall:
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
             in_place = self.overlapped and geometry.lies_in(box)
             interior = geometry.interior(box) if self.overlapped and not in_place else None
-            found = Halo(geometry, forward, backward, interior, in_place, self.conversion.name, communicator)
+            is_small = not self.overlapped and math.prod(target.largest_shape()) <= _SMALL
+            name = self.conversion.name
+            found = Halo(geometry, forward, backward, interior, in_place, is_small, name, communicator)
             self._compiled[batch] = found
         return found
 

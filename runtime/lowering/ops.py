@@ -16,7 +16,7 @@ from torch import nn
 from planner.frontend.proxy import write_items
 from planner.ir.transfer import StepKind
 from runtime.comm.communicator import Axes, Communicator
-from runtime.comm.exchange import Added, Conversion, Convert, Factors, Steps, converted, named
+from runtime.comm.exchange import Conversion, Factors, Steps, converted, failure, named
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
 from runtime.lowering.products import scaled
@@ -25,7 +25,7 @@ from runtime.state import StepState
 Factor = Callable[[StepState], float]
 """Of a gradient; asked for in the backward pass."""
 BiasOf = Callable[[], tuple[torch.Tensor | None, float]]
-"""Returns a bias, and the factor of its gradient."""
+"""Returns a bias, if there is one, and the factor of its gradient."""
 
 
 class Redistribution(nn.Module):
@@ -75,7 +75,10 @@ def _factors(source: Factor | None, target: Factor | None, state: StepState) -> 
 
 
 class Bias(Redistribution):
-    """Resolves the partial sums of a product and adds its bias, once; holds no parameter itself.
+    """Resolves the partial sums of a product and adds a bias that is in none of them; holds no parameter itself.
+
+    Nobody else reads the partial sums: where the gradient of the sum is that of every addend, as it is, they are added
+    up in their memory, and autograd need not know. Then the product of one rank has added the bias (``BiasUse``).
 
     Args:
         conversion: both layouts.
@@ -100,9 +103,25 @@ class Bias(Redistribution):
 
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        axes = self._conversion.summed_axes
+        if axes and x.is_contiguous() and not x._is_view():  # as backward hooks make it
+            _add_up(x.detach().view(-1), axes, self._state.communicator, self._conversion.name)
+        else:
+            x = super().forward(x)
         bias, factor = self._bias()
-        found: torch.Tensor = Convert.apply(x, self._steps(), None, bias, Added(factor, self._num_spatial))
-        return found
+        if bias is None:
+            return x
+        if factor != 1.0:
+            bias = scaled(bias, factor)
+        bias = bias.to(x.dtype).view(-1, *[1] * self._num_spatial)
+        return x + bias if x._is_view() else x.add_(bias)
+
+
+def _add_up(addends: torch.Tensor, axes: Axes, communicator: Communicator, name: str) -> None:
+    try:  # not ``named``: a generator to enter in every step
+        communicator.all_reduce(addends, axes)
+    except RuntimeError as error:
+        raise failure(error, StepKind.ALL_REDUCE, communicator, name) from error
 
 
 class LocalLoss(nn.Module):

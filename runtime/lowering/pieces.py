@@ -24,7 +24,7 @@ from planner.ir.region import Region
 from planner.ir.rules import interpolation_step
 from planner.ir.tensor import TensorSpec
 from runtime.lowering.ops import reshape_piece
-from runtime.lowering.products import ProductCall, padded
+from runtime.lowering.products import Padding, ProductCall
 
 Local = Callable[..., torch.Tensor]
 """From local inputs, then parameters by their role (``weight=``), to a tensor."""
@@ -132,7 +132,8 @@ def _product(op: ir.Conv | ir.ConvTranspose | ir.Linear, at: Piece) -> Local:
         return _padded_by_itself(op, at, groups)
     own, margins = _margins(op, at, keeps_own=op.padding_after is None)
     call = ProductCall(replace(op, padding=own, padding_after=None), groups)
-    return lambda x, weight, bias=None: call(padded(x, margins), weight, bias)
+    padded = Padding(margins)
+    return lambda x, weight, bias=None: call(padded(x), weight, bias)
 
 
 def _margins(op: ir.Conv | ir.Pool, at: Piece, *, keeps_own: bool) -> tuple[tuple[int, ...], Margins]:
@@ -207,11 +208,12 @@ def _transposed(op: ir.ConvTranspose, at: Piece, groups: int) -> Local:
         last = (at.sources[0].stop[k + 2] - 1) * op.stride[k] - op.padding[k] + op.dilation[k] * (op.kernel[k] - 1) + 1
         margins.append((first - start, stop - last))
 
+    padded = Padding(margins)
     if not any(n > 0 for pair in margins for n in pair):
-        return lambda x, weight, bias=None: padded(call(x, weight, bias), margins)
+        return lambda x, weight, bias=None: padded(call(x, weight, bias))
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y = padded(call(x, weight, None), margins)
+        y = padded(call(x, weight, None))
         return y if bias is None else y + bias.view(-1, *[1] * len(op.kernel))
 
     return run
@@ -239,21 +241,21 @@ def _group_norm(op: ir.GroupNorm, at: Piece) -> Local:
 
 def _max_pool(op: ir.Pool, at: Piece) -> Local:
     own, margins = _margins(op, at, keeps_own=not op.ceil_mode)
-    pool = _MAX_POOLS[len(op.kernel) - 1]
-    return lambda x: pool(padded(x, margins, -math.inf), op.kernel, op.stride, own, op.dilation)
+    pool, padded = _MAX_POOLS[len(op.kernel) - 1], Padding(margins, -math.inf)
+    return lambda x: pool(padded(x), op.kernel, op.stride, own, op.dilation)
 
 
 def _average_pool(op: ir.Pool, at: Piece) -> Local:
     """Return an average: of sums over the whole kernel, each divided by the count that torch takes for its window."""
     own, margins = _margins(op, at, keeps_own=not op.ceil_mode)
-    pool = _AVERAGE_POOLS[len(op.kernel) - 1]
+    pool, padded = _AVERAGE_POOLS[len(op.kernel) - 1], Padding(margins)
     factors = [
         [op.kernel[k] / _count(op, at, k, i) for i in range(start, stop)]
         for k, (start, stop) in enumerate(at.intervals())
     ]
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = pool(padded(x, margins), op.kernel, op.stride, own)
+        y = pool(padded(x), op.kernel, op.stride, own)
         for dim, factor in enumerate(factors, start=2):
             if any(f != 1 for f in factor):
                 y = y * y.new_tensor(factor).view(-1, *[1] * (y.dim() - dim - 1))

@@ -1,7 +1,9 @@
 """Convolutions, transposed convolutions and linear layers on this rank's pieces of weight and bias."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -10,17 +12,41 @@ from torch.nn import functional
 
 from planner.ir import ops as ir
 from runtime.comm.exchange import ScaleGradients
+from runtime.comm.packing import new_like
 
 _CONVOLUTIONS: Any = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
 
 
-def padded(
-    x: torch.Tensor, margins: Sequence[tuple[int, int]], value: float = 0.0, mode: str = "constant"
-) -> torch.Tensor:
-    """Return a tensor with positions added or left out around its last dimensions."""
-    widths = [width for pair in reversed(margins) for width in pair]
-    return functional.pad(x, widths, mode, value if mode == "constant" else None) if any(widths) else x
+class Padding:
+    """Adds positions around the last dimensions of a tensor, or leaves some out.
+
+    Args:
+        margins: of each of the last dimensions, how many positions in front and behind; negative: left out.
+        value: of the new positions, in mode "constant".
+        mode: of ``torch.nn.functional.pad``.
+    """
+
+    def __init__(self, margins: Sequence[tuple[int, int]], value: float = 0.0, mode: str = "constant") -> None:
+        self._widths = [width for pair in reversed(margins) for width in pair]
+        self._value, self._mode = value, mode
+        wide = [k - len(margins) for k, pair in enumerate(margins) if any(pair)]
+        self._is_any = bool(wide)
+        is_joined = len(wide) == 1 and min(self._widths) == 0 and mode == "constant"
+        self._sides = (wide[0], margins[wide[0]]) if is_joined else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the padded tensor."""
+        if self._sides is not None:  # the gradient of a concatenation is a view, that of ``pad`` a copy
+            dim, (before, behind) = self._sides
+            parts = [self._side(x, dim, before), x] if before else [x]
+            return torch.cat([*parts, self._side(x, dim, behind)] if behind else parts, dim)
+        return functional.pad(x, self._widths, self._mode, self._value) if self._is_any else x
+
+    def _side(self, x: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+        shape = list(x.shape)
+        shape[dim] = width
+        return x.new_full(shape, self._value) if x.is_contiguous() else new_like(x, shape).fill_(self._value)
 
 
 @dataclass(frozen=True)
@@ -43,17 +69,38 @@ class ProductCall:
         elif op.padding_mode == "zeros" and op.padding_after is None:
             found = _CONVOLUTIONS[at](x, weight, bias, op.stride, op.padding, op.dilation, self.groups)
         else:
-            found = _CONVOLUTIONS[at](self._padded(op, x), weight, bias, op.stride, 0, op.dilation, self.groups)
+            found = _CONVOLUTIONS[at](self._padding(x), weight, bias, op.stride, 0, op.dilation, self.groups)
         return found
 
-    @staticmethod
-    def _padded(op: ir.Conv, x: torch.Tensor) -> torch.Tensor:
-        after = op.padding if op.padding_after is None else op.padding_after
-        mode = "constant" if op.padding_mode == "zeros" else op.padding_mode
-        return padded(x, list(zip(op.padding, after, strict=True)), mode=mode)
+    @functools.cached_property
+    def _padding(self) -> Padding:
+        assert isinstance(self.op, ir.Conv)
+        after = self.op.padding if self.op.padding_after is None else self.op.padding_after
+        mode = "constant" if self.op.padding_mode == "zeros" else self.op.padding_mode
+        return Padding(list(zip(self.op.padding, after, strict=True)), mode=mode)
 
     def __str__(self) -> str:
         return f"{self.op.kind} of {self.groups} groups" if self.groups > 1 else self.op.kind
+
+
+class BiasUse(Enum):
+    """What a product does with its bias."""
+
+    ADDED = auto()
+    AS_ZEROS = auto()
+    """The result is an addend of a sum; another rank's has the bias, here it only gets its gradient."""
+    BEHIND = auto()
+    """The result is a partial sum; ``Bias`` adds it once that is resolved."""
+
+    def of(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what the product is to add."""
+        if bias is None or self is BiasUse.BEHIND:
+            return None
+        return bias - bias.detach() if self is BiasUse.AS_ZEROS else bias
+
+    def applied(self, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return a product that uses its bias so."""
+        return call if self is BiasUse.ADDED else lambda x, weight, bias=None: call(x, weight, self.of(bias))
 
 
 class Product(nn.Module):
@@ -64,7 +111,7 @@ class Product(nn.Module):
     Args:
         call: the operator, from input, weight and bias.
         weight, bias: local pieces.
-        adds_bias: false where the result is a partial sum; then ``Bias`` adds it once it is resolved.
+        adds: what it does with the bias.
         gradient_factors: by which the gradients of weight and bias are multiplied.
     """
 
@@ -75,13 +122,13 @@ class Product(nn.Module):
         call: Callable[..., torch.Tensor],
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        adds_bias: bool,
+        adds: BiasUse,
         gradient_factors: tuple[float, float],
     ) -> None:
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self._adds_bias = adds_bias
+        self._adds = adds
         self._factors = gradient_factors
         self._calls = [call]
 
@@ -91,8 +138,10 @@ class Product(nn.Module):
         return len(self._calls) - 1
 
     def forward(self, x: torch.Tensor, call: int = 0) -> torch.Tensor:
-        bias = self.bias if self._adds_bias else None
-        return self._calls[call](x, *both_scaled(self.weight, bias, self._factors))
+        if self._adds is BiasUse.BEHIND:
+            return self._calls[call](x, scaled(self.weight, self._factors[0]), None)
+        weight, bias = both_scaled(self.weight, self.bias, self._factors)
+        return self._calls[call](x, weight, self._adds.of(bias))
 
     def bias_and_factor(self) -> tuple[torch.Tensor | None, float]:
         """Return the bias and the factor of its gradient."""
@@ -137,3 +186,7 @@ def both_scaled(
 def paired(parameter: torch.Tensor | None, factor: float) -> tuple[torch.Tensor | None, float]:
     """Return a bias and its factor, as ``Product.bias_and_factor``."""
     return parameter, factor
+
+
+NO_BIAS = functools.partial(paired, None, 1.0)
+"""Of a product without one, or that has added it."""

@@ -132,12 +132,18 @@ class Rewriting:
         node.meta |= {"val": value.meta.get("val"), LAYER: layer.id}
         return node
 
-    def _resolved(self, layer: Layer, node: fx.Node, bias: BiasOf | None = None, num_spatial: int = 0) -> fx.Node:
-        """Turn what a layer computes into what its consumers see; behind it a bias is added."""
+    def _sum(self, layer: Layer) -> Conversion | None:
+        """Return what turns what a layer computes into what its consumers see; None where that is the same."""
         mine = self._layouts[layer.id]
         if not steps(mine.computed, mine.output):
+            return None
+        return Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples_of(layer.output))
+
+    def _resolved(self, layer: Layer, node: fx.Node, bias: BiasOf | None = None, num_spatial: int = 0) -> fx.Node:
+        """Turn what a layer computes into what its consumers see; behind it a bias is added."""
+        conversion = self._sum(layer)
+        if conversion is None:
             return node
-        conversion = Conversion(mine.computed, mine.output, f"the partial sums of {layer.id}", samples_of(layer.output))
         users = list(node.users)
         resolve = Redistribution(conversion, self._state)
         if bias is not None:

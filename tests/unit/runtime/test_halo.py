@@ -11,15 +11,19 @@ from planner.ir.ops import Conv
 from planner.ir.region import Region
 from planner.ir.tensor import DType, TensorSpec
 from runtime.comm.communicator import Axes, ThreadCommunicator
+from runtime.lowering import halo
 from runtime.lowering.halo import Geometry
 from runtime.lowering.pieces import Piece
 from support.halos import CASES, NETWORKS, num_halos, on_threads, planner_for, spatial_plan
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("overlapped", [False, True], ids=["blocking", "overlapped"])
+@pytest.mark.parametrize("way", ["small", "blocking", "overlapped"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_cut_convolution_equals_one_device(name: str, overlapped: bool) -> None:
+def test_a_cut_convolution_equals_one_device(monkeypatch: pytest.MonkeyPatch, name: str, way: str) -> None:
+    overlapped = way == "overlapped"
+    if way == "blocking":
+        monkeypatch.setattr(halo, "_SMALL", 0)
     planner = planner_for(CASES[name])
     plan = spatial_plan(planner, CASES[name].cut, overlapped)
     assert num_halos(planner, plan) > 0 or "channels" in name
@@ -63,6 +67,7 @@ def note(what: str) -> None:
 @pytest.mark.parametrize(
     ("name", "overlapped", "forward", "backward"),
     [
+        ("corners, uneven", None, ["start", "wait", "conv"], ["start", "wait"]),
         ("corners, uneven", False, ["start", "wait", "conv"], ["gradient [True, True]", "start", "wait"]),
         (
             "corners, uneven", True, ["start", "conv", "wait", *["conv"] * 3],
@@ -73,10 +78,10 @@ def note(what: str) -> None:
             [FOR_INPUT, "start", FOR_WEIGHT, "wait"],
         ),
     ],
-    ids=["blocking", "overlapped, in place", "overlapped, elsewhere"],
+    ids=["small", "blocking", "overlapped, in place", "overlapped, elsewhere"],
 )  # fmt: skip
 def test_what_is_overlapped_is_computed_between_start_and_wait(
-    monkeypatch: pytest.MonkeyPatch, name: str, overlapped: bool, forward: list[str], backward: list[str]
+    monkeypatch: pytest.MonkeyPatch, name: str, overlapped: bool | None, forward: list[str], backward: list[str]
 ) -> None:
     convolved, gradients = Geometry.convolved, Geometry.gradients
 
@@ -90,9 +95,11 @@ def test_what_is_overlapped_is_computed_between_start_and_wait(
 
     monkeypatch.setattr(Geometry, "convolved", convolve)
     monkeypatch.setattr(Geometry, "gradients", differentiate)
+    if overlapped is False:
+        monkeypatch.setattr(halo, "_SMALL", 0)
     NOTES.clear()
     case = CASES[name]
-    plan = spatial_plan(planner_for(case), case.cut, overlapped)
+    plan = spatial_plan(planner_for(case), case.cut, overlapped is True)
     assert on_threads(case, plan, Noting) == [{}] * plan.mesh.size
     assert list(NOTES.values()) == [(forward + backward) * len(case.batches())] * plan.mesh.size
 
