@@ -27,6 +27,7 @@ from planner.cost.exchange import exchanged
 from planner.devices.measured import CollectiveKind
 from planner.ir.dimension import SPATIAL_DIMENSIONS
 from planner.ir.graph import Layer
+from planner.ir.halo import Window, is_sum
 from planner.ir.layout import Layout, Placement
 from planner.ir.ops import Conv
 from planner.ir.split import Split
@@ -211,7 +212,7 @@ def _cutting(model: "CostModel", layer: Layer, split: Split, have: Layout, need:
     join_s, frame_s = bandwidth_s * math.prod(local.output), bandwidth_s * math.prod(local.inputs[0])
     in_one = model.profile.estimate(local)  # parts are estimated, and are off as the whole is
     forward, backward = _ratio(whole.forward_s, in_one.forward_s), _ratio(whole.backward_s, in_one.backward_s)
-    if layer.op.keeps_size and have.largest_shape()[_SPACE:] == local.output[_SPACE:]:
+    if is_sum(layer.op, have, model.partition(layer).layouts(split).computed):
         shares = [(n, model.profile.estimate(share)) for n, share in _shares(layer.op, have, need, local)]
         extra_s = forward * sum(n * share.forward_s for n, share in shares)
         extra_back_s = backward * sum(n * share.backward_s for n, share in shares)
@@ -253,9 +254,11 @@ def _share(op: Conv, local: LocalLayer, beyond: Sequence[bool]) -> LocalLayer:
     x, output, kernel, padding = (list(shape) for shape in (local.inputs[0], local.output, op.kernel, op.padding))
     for k, is_beyond in enumerate(beyond):
         if is_beyond:
-            rows, dilation = op.padding[k], op.dilation[k]
-            kernel[k], padding[k] = -(-rows // dilation), 0
-            x[k + _SPACE], output[k + _SPACE] = rows + dilation * (kernel[k] - 1), rows
+            rows, window = op.padding[k], Window(output[k + _SPACE], kernel[k], 1, op.padding[k], op.dilation[k])
+            found = window.reached((0, output[k + _SPACE]), (-rows, 0))
+            assert found is not None
+            kernel[k], padding[k], output[k + _SPACE] = found.num_taps, 0, found.stop - found.start
+            x[k + _SPACE] = output[k + _SPACE] + op.dilation[k] * (kernel[k] - 1)
     params = tuple((*p[:_SPACE], *kernel) if len(p) == len(x) else p for p in local.params)
     layer = replace(local.layer, op=replace(op, kernel=tuple(kernel), padding=tuple(padding)))
     return replace(local, layer=layer, inputs=(tuple(x),), output=tuple(output), params=params)

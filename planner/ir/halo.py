@@ -1,11 +1,51 @@
 """The input that a piece of output needs from operators that look around: windows, resizing.
 
 Every class answers one question: which positions of an input dimension do the outputs
-``[start, stop)`` read, cut to the tensor.
+``[start, stop)`` read, cut to the tensor. Of convolutions that are sums of what each part of the input adds, a window
+also answers what that is.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:  # layouts are made of windows
+    from planner.ir.layout import Layout
+    from planner.ir.ops import Conv
+
+_SPACE: Final = 2
+"""The first dimension of space."""
+
+
+def is_sum(op: "Conv", have: "Layout", computed: "Layout") -> bool:
+    """Return whether the runtime may take a convolution for a sum of what each part of its input adds.
+
+    So where every rank computes the outputs that lie as the inputs do which it has: with zeros around these, torch's
+    convolution gives all outputs.
+
+    Args:
+        op: the convolution.
+        have: its input as the ranks have it, without rows of neighbours.
+        computed: its output.
+    """
+    cuts = zip(have.divisions[_SPACE:], computed.divisions[_SPACE:], strict=True)
+    return op.keeps_size and all(a.axes == b.axes and a.pieces == b.pieces for a, b in cuts)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What of a window reaches a part of its input.
+
+    Attributes:
+        first_tap: of the kernel.
+        num_taps: from that on.
+        start, stop: outputs that read the part.
+    """
+
+    first_tap: int
+    num_taps: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +72,17 @@ class Window:
         """
         first = start * self.stride - self.padding
         return first, first + (stop - 1 - start) * self.stride + self.dilation * (self.kernel - 1) + 1
+
+    def reached(self, outputs: tuple[int, int], part: tuple[int, int]) -> Reached | None:
+        """Return what outputs [a, b) read of input positions [start, stop); None where that is nothing.
+
+        Of a window of stride 1: output o reads with tap j the position o + j*d - p.
+        """
+        (a, b), (start, stop), step = outputs, part, self.dilation
+        first_tap = max(0, -(-(start + self.padding - b + 1) // step))
+        end = min(self.kernel, (stop - 1 + self.padding - a) // step + 1)
+        low, high = max(a, start + self.padding - (end - 1) * step), min(b, stop + self.padding - first_tap * step)
+        return None if first_tap >= end or low >= high else Reached(first_tap, end - first_tap, low, high)
 
     def input_interval(self, start: int, stop: int, in_size: int) -> tuple[int, int]:
         """Return the input positions that outputs ``[start, stop)`` read, cut to the tensor."""

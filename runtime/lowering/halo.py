@@ -94,10 +94,6 @@ class Geometry:
             for window, interval, cut, size in zip(self.windows, outputs, self.is_cut, self.sizes, strict=True)
         )
 
-    def lies_in(self, own: Box) -> bool:
-        """Return whether outputs lie as the own positions do: convolved with zeros around them they have one each."""
-        return self.op.keeps_size and own == self.outputs
-
     def interior(self, own: Box) -> Box | None:
         """Return the outputs that read own positions only; None where there are none, or no others."""
         found = []
@@ -245,19 +241,16 @@ class Share:
         widths, padding, taps, outputs = list[int](), [], [], []
         for k, (window, (first, last)) in enumerate(zip(geometry.windows, geometry.outputs, strict=True)):
             start, stop, step = part.start[k + _SPACE], part.stop[k + _SPACE], window.dilation
-            # output o reads with tap j the position o + j * step - padding
-            tap = max(0, -(-(start + window.padding - last + 1) // step))
-            end = min(window.kernel, (stop - 1 + window.padding - first) // step + 1)
-            low = max(first, start + window.padding - (end - 1) * step)
-            high = min(last, stop + window.padding - tap * step)
-            if tap >= end or low >= high:
+            found = window.reached((first, last), (start, stop))
+            if found is None:
                 return None
+            tap, end, low, high = found.first_tap, found.first_tap + found.num_taps, found.start, found.stop
             before = start - (low + tap * step - window.padding)
             behind = high + (end - 1) * step - window.padding - stop
             inside = before if before == behind > 0 else 0
             padding.append(inside)
             widths = [before - inside, behind - inside, *widths]  # the last dimension comes first
-            taps.append((k + _SPACE, tap, end - tap))
+            taps.append((k + _SPACE, tap, found.num_taps))
             outputs.append((low, high))
         used = tuple(t for t, window in zip(taps, geometry.windows, strict=True) if t[2] < window.kernel)
         return Share(tuple(widths), tuple(padding), used, tuple(outputs))
@@ -511,6 +504,7 @@ class HaloCall:
         conversion: from the own piece to what the outputs read; see ``is_halo`` of ``planner.ir.transfer``.
         geometry: of the piece.
         overlapped: compute while borders are on their way.
+        in_place: then outputs are sums of shares; see ``planner.ir.halo.is_sum``.
         state: of this rank.
         gradient_factor: multiplies the gradient of the input; a function of the state.
     """
@@ -518,6 +512,7 @@ class HaloCall:
     conversion: Conversion
     geometry: Geometry
     overlapped: bool
+    in_place: bool
     state: StepState
     gradient_factor: Callable[[StepState], float] | None = None
     _compiled: dict[Batch, Halo] = field(default_factory=dict)
@@ -544,7 +539,7 @@ class HaloCall:
             forward, backward = exchange_of(there, communicator), exchange_of(back, communicator)
             own, geometry = forward.own, self.geometry
             box = tuple(zip(own.start[_SPACE:], own.stop[_SPACE:], strict=True))
-            in_place = self.overlapped and geometry.lies_in(box)
+            in_place = self.overlapped and self.in_place
             interior = geometry.interior(box) if self.overlapped and not in_place else None
             is_small = not self.overlapped and math.prod(target.largest_shape()) <= _SMALL
             name = self.conversion.name

@@ -16,6 +16,7 @@ from planner.frontend.recognize import operands
 from planner.frontend.trace import attribute
 from planner.ir import ops as ir
 from planner.ir.graph import Layer
+from planner.ir.halo import is_sum
 from planner.ir.layout import Whole
 from planner.ir.rules import reduced_axes, spatial_axes
 from runtime.comm.exchange import Conversion
@@ -243,7 +244,8 @@ class Operators(Rewriting):
         conversion, overlapped = self._conversion(layer, 0), layer.id in self._overlapped
         factor = self._input_factor(self._traced.layers[layer.inputs[0]].op)
         bound = None if factor is None else functools.partial(factor, conversion)
-        return HaloCall(conversion, Geometry.of(op, piece), overlapped, self._state, bound)
+        in_place = is_sum(op, conversion.source, self._layouts[layer.id].computed)
+        return HaloCall(conversion, Geometry.of(op, piece), overlapped, in_place, self._state, bound)
 
     def _product_module(self, layer: Layer, original: nn.Module, call: Local, adds: BiasUse) -> nn.Module:
         whole = getattr(original, "weight")  # noqa: B009  # a product has one

@@ -118,6 +118,28 @@ def test_the_input_of_a_piece_is_what_brute_force_finds_it_to_read(data: st.Data
         assert (first, last) == (min(inside), max(inside) + 1)
 
 
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(1, 3), st.data())
+def test_what_reaches_a_part_is_what_brute_force_finds(
+    kernel: int, padding: int, step: int, data: st.DataObject
+) -> None:
+    window = Window(20, kernel, 1, padding, step)
+    a, start = data.draw(st.integers(0, 19)), data.draw(st.integers(0, 19))
+    b, stop = data.draw(st.integers(a + 1, 20)), data.draw(st.integers(start + 1, 20))
+    reads = [
+        (o, j) for o in range(a, b) for j in range(kernel) if start <= o + j * step - padding < stop
+    ]  # fmt: skip
+    found = window.reached((a, b), (start, stop))
+    taps, outputs = {j for _, j in reads}, {o for o, _ in reads}
+    if found is None:
+        assert not reads
+        return
+    assert taps <= set(range(found.first_tap, found.first_tap + found.num_taps)) <= set(range(kernel))
+    assert outputs <= set(range(found.start, found.stop)) <= set(range(a, b))
+    if step == 1 and reads:  # with gaps between taps, the hull may have some that reach nothing
+        assert len(taps) == found.num_taps
+        assert len(outputs) == found.stop - found.start
+
+
 def test_a_window_that_sees_padding_alone_reads_nothing() -> None:
     start, stop = Window(out_size=9, kernel=1, padding=3).input_interval(7, 9, 3)
     assert start >= stop
