@@ -6,7 +6,6 @@ parameter takes a split under which the ranks hold it as they do.
 """
 
 import copy
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from planner.ir.rules import InputOutput, io_splits, is_io_legal, is_legal, layo
 from planner.ir.split import LayerId, Split, Strategy
 from planner.plan.schema import CostPart, LayerPart, Plan
 from runtime.lowering.lower import Lowered, Lowering
-from runtime.lowering.ops import Bias
+from runtime.lowering.ops import PartialSum
 from runtime.lowering.rewriting import LAYER
 from runtime.state import StepState
 
@@ -168,10 +167,8 @@ def lower_evaluation(
         elif there is None:
             own[name] = value
     for value in own.values():
-        if isinstance(value, Bias) and isinstance(value._bias, types.MethodType):
-            product = replaced.get(id(value._bias.__self__))
-            if product is not None:
-                value._bias = product.bias_and_factor  # type: ignore[assignment]  # a product, as what it replaces
+        if isinstance(value, PartialSum) and (product := replaced.get(id(value.product))) is not None:
+            value.product = product  # type: ignore[assignment]  # a product, as what it replaces
     return Evaluation(found.graph, own)
 
 

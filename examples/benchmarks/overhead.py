@@ -156,7 +156,7 @@ def timed(case: Case, repeats: int) -> Iterator[Row]:
             plain = _step(_view, arguments[:1], [])
             if not is_end:
                 user = plain_module(case, modules[0])
-                read = _whole_frame(user, modules[0](*arguments), arguments[0]) if _fetches_halo(case) else arguments[0]
+                read = _whole_frame(user, modules[0](*arguments), arguments[0]) if _cuts_rows(case) else arguments[0]
                 plain = _step(user, (read,), list(user.parameters()))
             first, *others = modules
             here = _step(lambda *xs, f=first, o=others: reduce(_called, o, f(*xs)), arguments, parameters)
@@ -164,7 +164,7 @@ def timed(case: Case, repeats: int) -> Iterator[Row]:
             yield Row(f"{name} (end)" if is_end else name, *interleaved(plain, here, clocked, repeats))
 
 
-def _fetches_halo(case: Case) -> bool:
+def _cuts_rows(case: Case) -> bool:
     return case.dimension == "height" and "conv" in case.name
 
 

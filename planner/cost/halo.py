@@ -2,7 +2,7 @@
 
 ``runtime.lowering.halo`` runs a convolution together with the exchange of its borders. Blocking, a step waits for the
 whole exchange, and the neighbours' rows are put beside the own piece, forward and again backward: only the rows are
-kept. Overlapped,
+kept (of pieces of a few thousand elements, what was put together). Overlapped,
 
 - forward, the exchange runs beside the outputs that need only own rows; the others come behind it, in strips, and all
   are joined;

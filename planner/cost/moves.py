@@ -93,7 +93,8 @@ def copied_elements(step: Step) -> int:
     - a slice is copied out of the piece, so that the piece can be freed;
     - a piece that becomes an addend is copied into zeros, which are written before;
     - of equal copies that become addends, all but one are replaced by zeros;
-    - an all-reduce works in a copy, because its input may be needed by others;
+    - an all-reduce works in a copy, because its input may be needed by others (a product's partial sums are not, where
+      they become a sum and nothing else: there the runtime has a copy less than this);
     - for a reduce-scatter, the parts are put one after the other; those that do not lie so, which is in any dimension
       but the first, are copied one by one before;
     - what a gather along the first dimension brings is the result, along any other one it is joined.

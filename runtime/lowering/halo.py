@@ -464,6 +464,7 @@ class _Framed(torch.autograd.Function):
         refuse_second_derivative()
         halo, (framed,) = ctx.halo, gradients
         wait = halo.start(halo.returning, halo.returning.packed(framed), _OF_GRADIENT)
+        # writes into the gradient, which the convolution's backward has just made for this function alone
         return _weighed(halo.gradient_of_piece(framed, wait()), ctx.factor), None, None
 
 

@@ -25,16 +25,16 @@ from runtime.lowering.group_norm import GroupNormOverSpace
 from runtime.lowering.halo import Geometry, HaloCall
 from runtime.lowering.norms import BatchNorm, Normalise
 from runtime.lowering.ops import (
-    Bias,
     BiasOf,
     LocalLoss,
     LocalMeanOfClasses,
+    PartialSum,
     Redistribution,
     WithScaledGradients,
     written_items,
 )
 from runtime.lowering.pieces import Local, broadcast_index, on_piece
-from runtime.lowering.products import NO_BIAS, BiasUse, OfArguments, Product, paired
+from runtime.lowering.products import OfArguments, Product, paired
 from runtime.lowering.rewriting import Rewriting, identifier
 
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
@@ -197,44 +197,36 @@ class Operators(Rewriting):
         return self._take_over(node, new)
 
     def _product(self, layer: Layer, node: fx.Node, op: Any, original: nn.Module | None) -> fx.Node:
-        """Replace a product; behind it, partial sums are resolved. The bias is added once."""
-        adds = self._bias_use(layer)
+        """Replace a product; behind it, partial sums are resolved and the bias is added once."""
+        adds_bias = self._sum(layer) is None
         num_spatial = 0 if isinstance(op, ir.Linear) else len(op.kernel)
         call = self._product_call(layer, op)
         if original is not None:
             name = str(node.target)
             if name not in self._modules:  # a module that is called twice is tied to one split
-                self._add(name, self._product_module(layer, original, call, adds))
+                self._add(name, self._product_module(layer, original, call, adds_bias))
             elif self._cuts_space(layer):  # but its inputs may have other sizes
                 product = self._modules[name]
                 assert isinstance(product, Product)
                 node.args = (*node.args, product.with_call(call))
             product = self._modules[name]
-            if adds is not BiasUse.BEHIND:
-                return self._resolved(layer, node, NO_BIAS)
+            if adds_bias:
+                return node
             assert isinstance(product, Product)
             bias: BiasOf = product.bias_and_factor
         else:
             operand = operands(Call.of(node, self._model))
             read = operand["bias"]
-            name = self._add(f"products.{identifier(node.name)}_{len(self._modules)}", OfArguments(adds.applied(call)))
+            name = self._add(f"products.{identifier(node.name)}_{len(self._modules)}", OfArguments(call))
             with self._graph.inserting_before(node):
                 new = self._graph.call_module(
-                    name, (tensor_inputs(node)[0], operand["weight"], None if adds is BiasUse.BEHIND else read)
+                    name, (tensor_inputs(node)[0], operand["weight"], read if adds_bias else None)
                 )
             node = self._take_over(node, new)
-            bias = NO_BIAS if adds is not BiasUse.BEHIND or read is None else self._reader(_target(read))
+            if adds_bias:
+                return node
+            bias = functools.partial(paired, None, 1.0) if read is None else self._reader(_target(read))
         return self._resolved(layer, node, bias, num_spatial)
-
-    def _bias_use(self, layer: Layer) -> BiasUse:
-        """Return what a product does with its bias on this rank."""
-        conversion = self._sum(layer)
-        if conversion is None:
-            return BiasUse.ADDED
-        coordinates = self._mesh.coordinates(self._state.communicator.position)
-        if not conversion.summed_axes:
-            return BiasUse.BEHIND
-        return BiasUse.AS_ZEROS if any(coordinates[a] for a in conversion.summed_axes) else BiasUse.ADDED
 
     def _product_call(self, layer: Layer, op: Any) -> Local:
         """Return a product on this rank's piece, from its input, weight and bias."""
@@ -247,16 +239,16 @@ class Operators(Rewriting):
         in_place = is_sum(op, conversion.source, self._layouts[layer.id].computed)
         return HaloCall(conversion, Geometry.of(op, piece), overlapped, in_place, self._state, bound)
 
-    def _product_module(self, layer: Layer, original: nn.Module, call: Local, adds: BiasUse) -> nn.Module:
+    def _product_module(self, layer: Layer, original: nn.Module, call: Local, adds_bias: bool) -> nn.Module:
         whole = getattr(original, "weight")  # noqa: B009  # a product has one
         weight, factor = self._params.local(layer, whole)
         bias, bias_factor = None, 1.0
         if original.bias is not None:
             bias, bias_factor = self._params.local(layer, original.bias)  # type: ignore[arg-type]  # a tensor
-        if adds is BiasUse.ADDED and weight is whole and factor == bias_factor == 1.0 and not self._cuts_space(layer):
+        if adds_bias and weight is whole and factor == bias_factor == 1.0 and not self._cuts_space(layer):
             return original
         assert isinstance(weight, nn.Parameter)
-        return Product(call, weight, bias, adds, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter
+        return Product(call, weight, bias, adds_bias, (factor, bias_factor))  # type: ignore[arg-type]  # a parameter
 
     def _reader(self, name: str) -> Any:
         """Return a function that returns a local parameter and this rank's factor of its gradient; it can be copied."""
@@ -323,6 +315,6 @@ def _reshapes(node: fx.Node, original: nn.Module | None) -> bool:
 
 def _makes_new_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Return whether a node's result is surely no view of anything that is read elsewhere."""
-    fresh = (Product, Bias, BatchNorm, Normalise, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    fresh = (Product, PartialSum, BatchNorm, Normalise, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), (*fresh, *norms))

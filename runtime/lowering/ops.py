@@ -19,7 +19,7 @@ from runtime.comm.communicator import Axes, Communicator
 from runtime.comm.exchange import Conversion, Factors, Steps, converted, failure, named
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
-from runtime.lowering.products import scaled
+from runtime.lowering.products import Product, scaled
 from runtime.state import StepState
 
 Factor = Callable[[StepState], float]
@@ -74,28 +74,32 @@ def _factors(source: Factor | None, target: Factor | None, state: StepState) -> 
     return 1.0 if source is None else source(state), 1.0 if target is None else target(state)
 
 
-class Bias(Redistribution):
-    """Resolves the partial sums of a product and adds a bias that is in none of them; holds no parameter itself.
+class PartialSum(Redistribution):
+    """Resolves the partial sums of a product and adds its bias, once; holds no parameter itself.
 
-    Nobody else reads the partial sums: where the gradient of the sum is that of every addend, as it is, they are added
-    up in their memory, and autograd need not know. Then the product of one rank has added the bias (``BiasUse``).
+    Where the gradient of the sum is that of every addend, as it is, the addends become the sum in their own memory, and
+    autograd need not know: nobody else reads them, unless hooks do.
 
     Args:
         conversion: both layouts.
         state: of this rank.
-        bias: returns it, and the factor of its gradient.
+        bias: returns it, and the factor of its gradient; of a product that is a module, bound to that.
         num_spatial: dimensions of space behind the channels.
     """
 
-    def __init__(
-        self,
-        conversion: Conversion,
-        state: StepState,
-        bias: BiasOf,
-        num_spatial: int,
-    ) -> None:
+    def __init__(self, conversion: Conversion, state: StepState, bias: BiasOf, num_spatial: int) -> None:
         super().__init__(conversion, state)
         self._bias, self._num_spatial = bias, num_spatial
+
+    @property
+    def product(self) -> Product | None:
+        """The product, where it is a module."""
+        found = getattr(self._bias, "__self__", None)
+        return found if isinstance(found, Product) else None
+
+    @product.setter
+    def product(self, product: Product) -> None:
+        self._bias = product.bias_and_factor
 
     def parameter(self) -> torch.Tensor | None:
         """Return the bias itself."""
@@ -103,18 +107,22 @@ class Bias(Redistribution):
 
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        axes = self._conversion.summed_axes
-        if axes and x.is_contiguous() and not x._is_view():  # as backward hooks make it
-            _add_up(x.detach().view(-1), axes, self._state.communicator, self._conversion.name)
+        bias, factor = self._bias()
+        if self._is_in_place(x):
+            _add_up(x.detach().view(-1), self._conversion.summed_axes, self._state.communicator, self._conversion.name)
         else:
             x = super().forward(x)
-        bias, factor = self._bias()
         if bias is None:
             return x
-        if factor != 1.0:
-            bias = scaled(bias, factor)
+        bias = bias if factor == 1.0 else scaled(bias, factor)
         bias = bias.to(x.dtype).view(-1, *[1] * self._num_spatial)
         return x + bias if x._is_view() else x.add_(bias)
+
+    def _is_in_place(self, x: torch.Tensor) -> bool:
+        if not self._conversion.summed_axes or not x.is_contiguous() or x._is_view():  # as backward hooks make it
+            return False
+        product = self.product
+        return product is None or not product.is_watched()
 
 
 def _add_up(addends: torch.Tensor, axes: Axes, communicator: Communicator, name: str) -> None:

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from planner.ir import ops as ir
 from runtime.comm.exchange import ScaleGradients
@@ -83,26 +83,6 @@ class ProductCall:
         return f"{self.op.kind} of {self.groups} groups" if self.groups > 1 else self.op.kind
 
 
-class BiasUse(Enum):
-    """What a product does with its bias."""
-
-    ADDED = auto()
-    AS_ZEROS = auto()
-    """The result is an addend of a sum; another rank's has the bias, here it only gets its gradient."""
-    BEHIND = auto()
-    """The result is a partial sum; ``Bias`` adds it once that is resolved."""
-
-    def of(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Return what the product is to add."""
-        if bias is None or self is BiasUse.BEHIND:
-            return None
-        return bias - bias.detach() if self is BiasUse.AS_ZEROS else bias
-
-    def applied(self, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Return a product that uses its bias so."""
-        return call if self is BiasUse.ADDED else lambda x, weight, bias=None: call(x, weight, self.of(bias))
-
-
 class Product(nn.Module):
     """A convolution, transposed convolution or linear layer on local parameters.
 
@@ -111,7 +91,7 @@ class Product(nn.Module):
     Args:
         call: the operator, from input, weight and bias.
         weight, bias: local pieces.
-        adds: what it does with the bias.
+        adds_bias: false where the result is a partial sum; then ``PartialSum`` adds it once that is resolved.
         gradient_factors: by which the gradients of weight and bias are multiplied.
     """
 
@@ -122,13 +102,13 @@ class Product(nn.Module):
         call: Callable[..., torch.Tensor],
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        adds: BiasUse,
+        adds_bias: bool,
         gradient_factors: tuple[float, float],
     ) -> None:
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self._adds = adds
+        self._adds_bias = adds_bias
         self._factors = gradient_factors
         self._calls = [call]
 
@@ -138,10 +118,12 @@ class Product(nn.Module):
         return len(self._calls) - 1
 
     def forward(self, x: torch.Tensor, call: int = 0) -> torch.Tensor:
-        if self._adds is BiasUse.BEHIND:
-            return self._calls[call](x, scaled(self.weight, self._factors[0]), None)
-        weight, bias = both_scaled(self.weight, self.bias, self._factors)
-        return self._calls[call](x, weight, self._adds.of(bias))
+        bias = self.bias if self._adds_bias else None
+        return self._calls[call](x, *both_scaled(self.weight, bias, self._factors))
+
+    def is_watched(self) -> bool:
+        """Return whether hooks see the result: then nobody may write into it."""
+        return bool(self._forward_hooks) or has_any_global_hook()
 
     def bias_and_factor(self) -> tuple[torch.Tensor | None, float]:
         """Return the bias and the factor of its gradient."""
@@ -186,7 +168,3 @@ def both_scaled(
 def paired(parameter: torch.Tensor | None, factor: float) -> tuple[torch.Tensor | None, float]:
     """Return a bias and its factor, as ``Product.bias_and_factor``."""
     return parameter, factor
-
-
-NO_BIAS = functools.partial(paired, None, 1.0)
-"""Of a product without one, or that has added it."""

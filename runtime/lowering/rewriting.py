@@ -24,7 +24,7 @@ from planner.plan.schema import Plan
 from runtime.comm.communicator import Axes
 from runtime.comm.exchange import Conversion
 from runtime.lowering.chance import Seeded, shard_key
-from runtime.lowering.ops import Bias, BiasOf, Redistribution
+from runtime.lowering.ops import BiasOf, PartialSum, Redistribution
 from runtime.lowering.pieces import Piece
 from runtime.parameters.local import LocalParameters
 from runtime.state import StepState
@@ -146,8 +146,8 @@ class Rewriting:
             return node
         users = list(node.users)
         resolve = Redistribution(conversion, self._state)
-        if bias is not None:
-            resolve = Bias(conversion, self._state, bias, num_spatial)
+        if bias is not None and (conversion.summed_axes or bias()[0] is not None):
+            resolve = PartialSum(conversion, self._state, bias, num_spatial)
         result = self._insert(layer, f"sums.{identifier(layer.id)}", resolve, node)
         for user in users:
             user.replace_input_with(node, result)

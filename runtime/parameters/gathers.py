@@ -15,7 +15,7 @@ from torch import fx, nn
 from planner.ir.split import LayerId
 from runtime.comm.communicator import Communicator, Pending
 from runtime.graphs import uncompiled
-from runtime.lowering.ops import Bias
+from runtime.lowering.ops import PartialSum
 from runtime.parameters.shards import Bundle, Shard, naming
 
 NAME = "gathers"
@@ -233,7 +233,7 @@ def _read(node: fx.Node, modules: Mapping[str, Any]) -> Sequence[torch.Tensor]:
     if node.op == "call_module":
         module = modules[str(node.target)]
         found += module.parameters()
-        if isinstance(module, Bias) and (bias := module.parameter()) is not None:
+        if isinstance(module, PartialSum) and (bias := module.parameter()) is not None:
             found.append(bias)
     return found
 

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from planner.api import Options, Origin, Planner, machine_of, plan_model, prepare
+from planner.api import Constraints, Options, Origin, Planner, machine_of, plan_model, prepare
 from planner.errors import FormatError, MismatchError
 from planner.frontend.lower import TracedModel
 from planner.ir.dimension import Dimension
 from planner.plan import Plan
 from runtime.parallel import ParallelModule, trace_for
 from support.equality import own_parts, run_ranks
+from support.loops import own
 
 BATCH = 4
 
@@ -170,6 +171,66 @@ def test_hard_networks_equal_one_device_under_random_plans(kind: type[nn.Module]
             torch.testing.assert_close(parameter.grad, expected[name][parts[name]], rtol=1e-9, atol=1e-12)
 
     run_ranks(build, plan, work)
+
+
+class Squeezed(nn.Module):
+    """A product without bias, and one with, in front of functions that write in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True),
+            nn.Flatten(), nn.Linear(256, 8), nn.ReLU(inplace=True), nn.Linear(8, 4, bias=False), nn.ReLU(inplace=True),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.body(x)
+        return found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dimension", ["in_channel", "in_channel_scatter"])
+def test_partial_sums_in_front_of_what_writes_in_place_equal_one_device(
+    dimension: str, memory_format: torch.memory_format
+) -> None:
+    build, x = builder(Squeezed), images()
+    model = build()
+    for each in model.parameters():
+        each.data = each.data.abs()  # relu lets all through
+    x = x.abs().to(memory_format=memory_format)
+    scalar(model(x)).backward()
+    constraints = Constraints.of(pin=[f"{name}={dimension}" for name in ("*0", "*2", "*5", "*7")])
+    plan = planner_of(build(), constraints=constraints, all_devices=True, solver="dp").plan()
+    found = {str(name): str(split).rpartition("=")[2] for name, split in plan.strategy.items()}
+    assert [found[f"body.{k}"] for k in (0, 2, 5, 7)] == [*["in_channel_scatter"] * 3, dimension]
+
+    def work(net: ParallelModule, traced: TracedModel, position: int) -> None:
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for hooked in (False, True):
+            if hooked:  # what hooks keep stays as it is
+                for name in ("body.0", "body.7"):
+                    net.get_submodule(name).register_forward_hook(
+                        lambda _m, _i, y: kept.append((y, y.detach().clone()))
+                    )
+            net.zero_grad()
+            scalar(net(*own(net, position, x))).backward()
+            parts = own_parts(plan, traced, position)
+            for name, parameter in net.named_parameters():
+                expected = model.get_parameter(name).grad
+                assert parameter.grad is not None
+                assert expected is not None
+                torch.testing.assert_close(parameter.grad, expected[parts[name]], rtol=1e-9, atol=1e-12)
+        assert len(kept) == 2
+        for y, then in kept:
+            torch.testing.assert_close(y, then, rtol=0, atol=0)
+
+    def prepared() -> nn.Module:
+        found = build()
+        for each in found.parameters():
+            each.data = each.data.abs()
+        return found
+
+    run_ranks(prepared, plan, work)
 
 
 def test_a_backward_pass_through_one_head_leaves_the_gradients_of_the_other_alone() -> None:
