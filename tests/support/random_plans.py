@@ -76,6 +76,18 @@ def reference(recipe: Recipe) -> Reference:
     return train(build(recipe), recipe, *data(recipe))
 
 
+def is_steady(recipe: Recipe) -> bool:
+    """Return whether rounding of the input leaves one device's outputs and input gradients as they are.
+
+    Maxima of equal values do not: which of them gets the gradient hangs on the last bit.
+    """
+    x, target = data(recipe)
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    one, other = (train(build(recipe), recipe, each, target) for each in (x, x * (1 + 1e-15 * noise)))
+    pairs = zip([*one.outputs, *one.input_gradients], [*other.outputs, *other.input_gradients], strict=True)
+    return all(relative(a, b, max(float(b.abs().max()), SMALLEST)) < TOLERANCE for a, b in pairs)
+
+
 def planner_for(recipe: Recipe, num_ranks: int, io: Literal["global"] | None = None) -> Planner:
     """Return the planner of a network on equal devices; every dimension may be split."""
     net: Network = build(recipe)
