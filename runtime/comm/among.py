@@ -7,7 +7,7 @@ import torch
 
 from planner.ir.transfer import StepKind
 from runtime.comm.communicator import Axes, Communicator, group_size
-from runtime.comm.exchange import failure
+from runtime.comm.exchange import add_up, failure
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,4 @@ class Among:
 
     def add_up(self, gradients: torch.Tensor) -> None:
         """Add contiguous gradients of the statistics over the ranks, in place."""
-        try:
-            self.communicator.all_reduce(gradients.view(-1), self.axes)
-        except RuntimeError as error:
-            name = f"the gradient of the statistics of {self.name}"
-            raise failure(error, StepKind.ALL_REDUCE, self.communicator, name) from error
+        add_up(gradients, self.axes, self.communicator, f"the gradient of the statistics of {self.name}")

@@ -59,6 +59,14 @@ def failure(error: RuntimeError, kind: str, communicator: Communicator, name: st
     return peer_failed(communicator.mesh.ranks[communicator.position], f"{kind} of {name}", error)
 
 
+def add_up(addends: torch.Tensor, axes: Axes, communicator: Communicator, name: str) -> None:
+    """Add contiguous tensors over the ranks along some axes, in place; a failure names what they are."""
+    try:  # not ``named``: a generator to enter in every step
+        communicator.all_reduce(addends.view(-1), axes)
+    except RuntimeError as error:
+        raise failure(error, StepKind.ALL_REDUCE, communicator, name) from error
+
+
 def _compile(step: Step, communicator: Communicator) -> Run:  # noqa: PLR0911  # a table of kinds
     position, mesh = communicator.position, communicator.mesh
     source, target = step.source.region(position), step.target.region(position)

@@ -16,7 +16,7 @@ from torch import nn
 from planner.frontend.proxy import write_items
 from planner.ir.transfer import StepKind
 from runtime.comm.communicator import Axes, Communicator
-from runtime.comm.exchange import Conversion, Factors, Steps, converted, failure, named
+from runtime.comm.exchange import Conversion, Factors, Steps, add_up, converted, named
 from runtime.comm.packing import format_of
 from runtime.graphs import uncompiled
 from runtime.lowering.products import Product, scaled
@@ -109,7 +109,7 @@ class PartialSum(Redistribution):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias, factor = self._bias()
         if self._is_in_place(x):
-            _add_up(x.detach().view(-1), self._conversion.summed_axes, self._state.communicator, self._conversion.name)
+            add_up(x.detach(), self._conversion.summed_axes, self._state.communicator, self._conversion.name)
         else:
             x = super().forward(x)
         if bias is None:
@@ -123,13 +123,6 @@ class PartialSum(Redistribution):
             return False
         product = self.product
         return product is None or not product.is_watched()
-
-
-def _add_up(addends: torch.Tensor, axes: Axes, communicator: Communicator, name: str) -> None:
-    try:  # not ``named``: a generator to enter in every step
-        communicator.all_reduce(addends, axes)
-    except RuntimeError as error:
-        raise failure(error, StepKind.ALL_REDUCE, communicator, name) from error
 
 
 class LocalLoss(nn.Module):
